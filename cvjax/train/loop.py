@@ -1,0 +1,417 @@
+"""`fit`: the one training loop. It takes objects, not a config."""
+
+import collections
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from cvjax.data.loader import Loader
+from cvjax.errors import InputError, nearest
+from cvjax.train import sharding
+from cvjax.train.checkpoint import Checkpoints
+from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
+from cvjax.train.optimizer import optimizers_by_group
+from cvjax.train.progress import Progress
+from cvjax.train.state import Params, TrainState
+from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
+from cvjax.train.task import Metrics, Task
+from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
+
+log = logging.getLogger("cvjax")
+
+
+class Evaluator(Protocol):
+    """Needs the outputs for the whole set; must leave out examples that are not `valid`."""
+
+    def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
+        """Takes what `task.predict` gave for a batch."""
+
+    def result(self) -> dict[str, float]:
+        """The metrics of all that was added."""
+
+
+@dataclass
+class Result:
+    """What `fit` gives back.
+
+    Attributes:
+      state: the last state.
+      history: one dictionary for each line of the log: `step`, `train/...`, `eval/...`.
+      received: the signal that ended the run early, or None.
+      workdir: where the run was kept, or None.
+    """
+
+    state: TrainState
+    history: list[dict[str, float]] = field(default_factory=list)
+    received: int | None = None
+    workdir: Path | None = None
+
+
+def fit(
+    task: Task,
+    data: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: Any = None,
+    eval_data: Any = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    loader: Mapping[str, Any] | None = None,
+    ema: float | Decay | Mapping[str, Decay] | None = None,
+    seed: int = 0,
+    parallel: str = "jit",
+    step: TrainStep | None = None,
+    workdir: str | os.PathLike | None = None,
+    log_every: int = 50,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 3,
+    best: str | None = None,
+    best_mode: str = "max",
+    max_nonfinite: int = 10,
+    tensorboard: bool = True,
+    wandb: bool = False,
+    initialize: Callable[[Params], Params] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Result:
+    """Trains `task` on `data` and returns the state and the history.
+
+    With a `workdir` it resumes from the newest valid checkpoint there, finishes the step, saves
+    and returns at SIGTERM or Ctrl-C, and leaves behind: `metrics.jsonl`, `curves.png`,
+    `pictures/`, `tensorboard/`, `checkpoints/`, `bad_examples.jsonl`, `config.json`. A task
+    without objectives has nothing to save or to evaluate: such a run only measures speed.
+
+    Args:
+      task: what is trained (the protocol is in `cvjax.train.task`).
+      data: the source of training examples (the protocol is in `cvjax.data.loader`).
+      steps: optimizer updates in all, those of the run that is resumed included.
+      batch_size: examples in one micro-batch, over all devices and processes.
+      optimizer: an `Optimizer` or optax transformation for all groups of parameters, or
+        {group: one of these}.
+      eval_data: the source of held-out examples.
+      evaluators: by name; each starts as a fresh copy at every evaluation.
+      loader: more arguments of `cvjax.data.loader.Loader` (transforms, threads, processes, ...).
+      ema: decay of the moving average of all groups, or {group: decay}; None for none.
+      seed: of the parameters, the data order, and all randomness of the steps.
+      parallel: "jit" (global batch, sharded) or "pmap" (one program on each device's rows).
+      step: a train step of your own instead of the engine's.
+      workdir: None keeps nothing on disk.
+      log_every, evaluate_every, checkpoint_every: in updates; None means at the end only (for
+        `evaluate_every`), and together with every evaluation (for `checkpoint_every`).
+      keep: how many of the newest checkpoints stay; and the best by `best`, an eval metric.
+      max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
+        finite; one more raises NonFiniteError.
+      initialize: maps fresh params to those to start from (pretrained weights).
+      config: the resolved config, saved with the checkpoints.
+
+    Raises:
+      InputError: arguments that cannot be used, before the workdir is made.
+      NonFiniteError: see `max_nonfinite`.
+    """
+    for name, value in dict(
+        steps=steps, log_every=log_every, evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every, keep=keep,
+    ).items():  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if parallel not in ("jit", "pmap"):
+        raise InputError(f"parallel is {parallel!r}; it can be 'jit' or 'pmap'")
+    _use_compilation_cache()
+    mesh = sharding.data_mesh()
+    sharding.check_batch_size(batch_size, mesh)
+    if not task.objectives:
+        workdir, eval_data = None, None
+    workdir = Path(workdir) if workdir is not None else None
+    is_primary = jax.process_index() == 0
+
+    train_loader = Loader(
+        data, batch_size, seed=seed, process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        bad_examples=workdir / "bad_examples.jsonl" if workdir else None, **(loader or {}),
+    )  # fmt: skip
+    eval_loader = _eval_loader(eval_data, batch_size, loader) if eval_data is not None else None
+    example = jax.tree.map(np.zeros_like, next(Loader(data, batch_size).iterate()))
+
+    groups = [group for group, _ in task.objectives]
+    averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
+    rng = jax.random.key(seed)
+    shapes = jax.eval_shape(task.init, rng, example)[0]
+    optimizers = optimizers_by_group(optimizer, shapes, groups, steps)
+    micro = max((o.accumulate for o in _each(optimizer) if hasattr(o, "accumulate")), default=1)
+    whole = sharding.replicated(mesh)
+    make_state = jax.jit(
+        lambda rng, batch: initial_state(task, batch, rng, lambda _: optimizers, averages),
+        out_shardings=whole,
+    )
+    axis = sharding.AXIS if parallel == "pmap" else None
+    step = step or make_train_step(task, optimizers, averages, axis)
+    compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
+
+    made_workdir = workdir is not None and not workdir.exists()
+    lock = checkpoints = None
+    writer, history = Several([]), []
+    try:
+        state = make_state(rng, example)
+        position = 0
+        if initialize is not None:
+            state = state.replace(params=initialize(state.params))
+            state = state.replace(ema={name: state.params[name] for name in state.ema})
+            state = jax.tree.map(lambda x: jax.device_put(x, whole).copy(), state)
+        if workdir:
+            _make_directory(workdir)
+            lock = DirectoryLock(workdir) if is_primary else None
+            checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
+            restored = checkpoints.restore(state)
+            if restored is not None:
+                state, position = restored.state, restored.position
+            else:
+                checkpoints.prove_round_trip(state)
+        if workdir and is_primary:
+            if config is not None:
+                _write_config(workdir / "config.json", config)
+            kinds = [JsonLines] + [TensorBoard] * tensorboard + [WeightsAndBiases] * wandb
+            writer = Several([kind(workdir, position // micro) for kind in kinds])
+            history = writer.writers[0].rows
+            writer.write_hparams(hparams=config or {})
+        made_workdir = False
+
+        _describe(task, state, example, mesh, position // micro, workdir)
+        evaluate_state = _Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
+        guard, rates = NonFiniteGuard(max_nonfinite), _schedules(optimizer, steps)
+        total, saved = steps * micro, None
+        result = Result(state, history, None, workdir)
+        pending: collections.deque = collections.deque()
+        window: list[dict[str, tuple[float, float]]] = []
+
+        def collect() -> None:
+            """Reads the oldest step's metrics: waiting for it keeps the device's queue short."""
+            at, metrics = pending.popleft()
+            metrics = {
+                name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()
+            }
+            if guard.check(at, {name: total for name, (total, _) in metrics.items()}):
+                window.append(metrics)
+            else:
+                bad = [n for n, (total, _) in metrics.items() if n.startswith("nonfinite/") and total]
+                window.append({name: metrics[name] for name in bad})
+                log.warning("step %d skipped: %s", at, ", ".join(bad))
+
+        def save(wait: bool = False, metrics: Mapping[str, float] | None = None) -> None:
+            nonlocal saved
+            if checkpoints and saved != position:
+                checkpoints.save(
+                    position, state, position=position, metrics=dict(metrics or {}),
+                    config=dict(config or {}), wait=wait,
+                )  # fmt: skip
+                saved = position
+
+        with Signals() as signals, Progress(total // micro, position // micro) as progress:
+            batches = _timed(train_loader.iterate(position), progress)
+            while position < total and signals.received is None:
+                state, metrics = compiled(state, sharding.put_batch(next(batches), mesh))
+                position += 1
+                pending.append((position, metrics))
+                if len(pending) > 2:
+                    collect()
+                if checkpoints:
+                    checkpoints.raise_failed_save()
+                if position % micro:
+                    continue
+                update, ends = position // micro, position == total
+                evaluating = ends or (evaluate_every and update % evaluate_every == 0)
+                if update % log_every == 0 or ends or evaluating:
+                    while pending:
+                        collect()
+                    row = {f"train/{name}": value for name, value in _means(window).items()}
+                    row |= {name: float(rate(update)) for name, rate in rates.items()}
+                    row |= progress.measure(update, batch_size * micro)
+                    window.clear()
+                    progress.show(update, row)
+                    _record(writer, history, update, row)
+                found = {}
+                if evaluating and eval_loader is not None:
+                    with progress.paused():
+                        found, pictures = evaluate_state(state)
+                    progress.show(update, {f"eval/{n}": v for n, v in found.items()}, force=True)
+                    _record(writer, history, update, {f"eval/{n}": v for n, v in found.items()})
+                    writer.write_images(step=update, images=pictures)
+                    writer.flush()
+                every = checkpoint_every or evaluate_every
+                if ends or (every and update % every == 0):
+                    save(metrics=found)
+            while pending:
+                collect()
+            save(wait=True)
+            result.state, result.received = state, signals.received
+        if checkpoints:
+            checkpoints.close()
+        progress.summary()
+        return result
+    except InputError:
+        if made_workdir and workdir.exists():
+            _remove(workdir)
+        raise
+    finally:
+        writer.close()
+        if lock:
+            lock.release()
+
+
+def evaluate(
+    task: Task,
+    state: TrainState,
+    data: Any,
+    *,
+    batch_size: int,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    loader: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The metrics of the whole of `data`, and pictures; with averaged params where there are."""
+    mesh = sharding.data_mesh()
+    sharding.check_batch_size(batch_size, mesh)
+    batches = _eval_loader(data, batch_size, loader)
+    return _Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
+
+
+class _Evaluation:
+    """Compiles what an evaluation needs once, for all evaluations of a run."""
+
+    def __init__(self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int):
+        self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
+        self.rng = jax.random.key(seed)
+        whole = sharding.replicated(mesh)
+        self.evaluate = jax.jit(task.evaluate, out_shardings=whole)
+        self.predict = jax.jit(task.predict, out_shardings=whole)
+        self.visualize = jax.jit(task.visualize, out_shardings=whole)
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        params, model_state = state.averaged_params, state.model_state
+        evaluators = {name: copy.deepcopy(one) for name, one in self.evaluators.items()}
+        sums, pictures = [], {}
+        for number, batch in enumerate(self.loader.iterate()):
+            rng = jax.random.fold_in(self.rng, number)
+            on_device = sharding.put_batch(batch, self.mesh)
+            sums.append(_pairs(self.evaluate(params, model_state, on_device, rng)))
+            if evaluators:
+                outputs = jax.device_get(self.predict(params, model_state, on_device, rng))
+                for evaluator in evaluators.values():
+                    evaluator.add(outputs, batch)
+            if number == 0:
+                pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
+        found = _means(sums)
+        for name, evaluator in evaluators.items():
+            found |= {f"{name}/{metric}": value for metric, value in evaluator.result().items()}
+        return found, pictures
+
+
+def _eval_loader(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:
+    options = {k: v for k, v in (options or {}).items() if k != "transforms"}
+    return Loader(data, batch_size, shuffle=False, epochs=1, last="pad", **options)
+
+
+def _pairs(metrics: Metrics) -> dict[str, tuple[float, float]]:
+    return {name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()}
+
+
+def _means(rows: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Exact means over several steps; of the `nonfinite/` flags only those that were raised."""
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        for name, (total, count) in row.items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0] += total
+            sums[1] += count
+    return {
+        name: total if name.startswith("nonfinite/") else total / count
+        for name, (total, count) in totals.items()
+        if count and (total or not name.startswith("nonfinite/"))
+    }
+
+
+def _record(writer: Several, history: list, step: int, row: dict[str, float]) -> None:
+    if writer.writers:
+        writer.write_scalars(step=step, scalars=row)  # the history is the first writer's rows
+    else:
+        history.append({"step": step, **row})
+
+
+def _timed(batches: Iterator, progress: Progress) -> Iterator:
+    """Counts the time that the device had to wait for data."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches)
+        progress.waited += time.perf_counter() - began
+        yield batch
+
+
+def _each(optimizer: Any) -> list[Any]:
+    return list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
+
+
+def _schedules(optimizer: Any, steps: int) -> dict[str, Callable[[int], float]]:
+    named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
+    return {
+        f"learning_rate/{group}" if group else "learning_rate": one.schedule(steps)
+        for group, one in named.items()
+        if hasattr(one, "schedule")
+    }
+
+
+def _describe(task, state, example, mesh, resumed, workdir) -> None:
+    """What a person wants to know before the first step."""
+    if state.params:
+        table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        log.info("%s\n%s bytes of parameters", table, f"{size:,}")
+    kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
+    log.info("devices: %s", ", ".join(f"{n} x {kind}" for kind, n in kinds.items()))
+    shapes = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in example.items())
+    log.info("batch: %s", shapes)
+    if workdir:
+        log.info("workdir: %s%s", workdir, f"; resumed at step {resumed}" if resumed else "")
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / "lock"
+        probe.open("a").close()
+    except OSError as error:
+        raise InputError(f"workdir {path} cannot be written: {error.strerror}") from error
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(replacement, path)
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless the person chose a place or none."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "cvjax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def check_metric(best: str | None, found: Mapping[str, float]) -> None:
+    """Raises InputError when the metric that picks the best checkpoint is not among those found."""
+    if best is not None and best not in found:
+        raise InputError(f"best is {best!r}, but no evaluation gives it{nearest(best, found)}")

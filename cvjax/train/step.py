@@ -1,0 +1,150 @@
+"""The one train step: every objective in its order, then the moving averages."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import GradientTransformation
+
+from cvjax.errors import InputError, nearest
+from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.task import Batch, Metrics, Task, mean
+
+Decay = float | Callable[[jax.Array], jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def initial_state(
+    task: Task,
+    batch: Batch,
+    rng: jax.Array,
+    optimizers: Callable[[Params], Mapping[str, GradientTransformation]],
+    ema: Mapping[str, Decay],
+) -> TrainState:
+    """The state before the first step; jit it. `optimizers` is called with the params."""
+    params, model_state = task.init(rng, batch)
+    for group in ema:
+        if group not in params:
+            raise InputError(f"ema: there is no group {group!r}{nearest(group, params)}")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rng=rng,
+        params=params,
+        opt_state={name: opt.init(params[name]) for name, opt in optimizers(params).items()},
+        model_state=model_state,
+        # A copy: were it the same buffer, donating the state would donate it twice.
+        ema={group: jax.tree.map(jnp.copy, params[group]) for group in ema},
+    )
+
+
+def make_train_step(
+    task: Task,
+    optimizers: Mapping[str, GradientTransformation],
+    ema: Mapping[str, Decay] | None = None,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Returns the pure `train_step(state, batch) -> (state, metrics)`; nothing is compiled yet.
+
+    A step whose loss or gradient is not finite changes nothing but the step count: it is
+    reported in the metrics as `nonfinite/<group>/loss` or `nonfinite/<group>/gradient`.
+    The moving average of a group is `ema <- decay * ema + (1 - decay) * params`, taken only when
+    an update was really applied; a decay may be a function of the number of micro-batches.
+
+    With `axis_name` the step runs inside `pmap`: gradients, batch statistics and metrics are
+    averaged over that axis, and each device draws its own random numbers. Under `jit` nothing of
+    the kind is needed: the batch is global.
+    """
+    ema = ema or {}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        new, metrics, finite, applied = state, {}, jnp.bool_(True), {}
+
+        for number, (group, loss) in enumerate(task.objectives):
+            key = jax.random.fold_in(rng, number)
+
+            def loss_of_group(part: PyTree, new=new, group=group, loss=loss, key=key):
+                return loss({**new.params, group: part}, new, batch, key)
+
+            (value, (model_state, reported)), gradient = jax.value_and_grad(
+                loss_of_group, has_aux=True
+            )(new.params[group])
+            if axis_name:
+                value, gradient, model_state = _mean_over(
+                    axis_name, (value, gradient, model_state)
+                )
+                reported = jax.lax.psum(reported, axis_name)
+            updates, opt_state = optimizers[group].update(
+                gradient, new.opt_state[group], new.params[group]
+            )
+            is_update = _is_update(new.opt_state[group], opt_state)
+            applied[group] = applied.get(group, False) | is_update
+            new = new.replace(
+                params={**new.params, group: optax.apply_updates(new.params[group], updates)},
+                opt_state={**new.opt_state, group: opt_state},
+                model_state=model_state,
+            )
+            loss_is_finite, gradient_is_finite = jnp.isfinite(value), _all_finite(gradient)
+            finite &= loss_is_finite & gradient_is_finite
+            reported = {
+                **reported,
+                f"nonfinite/{group}/loss": mean(~loss_is_finite),
+                f"nonfinite/{group}/gradient": mean(~gradient_is_finite),
+            }
+            for name, metric in reported.items():
+                metrics[name] = metrics[name].merge(metric) if name in metrics else metric
+
+        for group, decay in ema.items():
+            weight = jnp.float32(decay(state.step) if callable(decay) else decay)
+            weight = jnp.where(applied.get(group, False), weight, 1.0)
+            averaged = jax.tree.map(
+                lambda old, now, weight=weight: (old + (1 - weight) * (now - old)).astype(old.dtype),
+                new.ema[group],
+                new.params[group],
+            )
+            new = new.replace(ema={**new.ema, group: averaged})
+
+        # The key never changes, and only arrays of numbers can be chosen between.
+        kept = new.replace(rng=None, step=None)
+        kept = jax.tree.map(
+            lambda now, old: jnp.where(finite, now, old), kept, state.replace(rng=None, step=None)
+        )
+        return kept.replace(rng=state.rng, step=state.step + 1), metrics
+
+    return train_step
+
+
+def warmed_up_decay(decay: float) -> Decay:
+    """A moving average's decay that starts low: min(decay, (1 + n) / (10 + n)) after n steps.
+
+    Without it a short run samples what is left of its random beginning (the rule of
+    tf.train.ExponentialMovingAverage).
+    """
+    return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def _is_update(old: Any, new: Any) -> jax.Array | bool:
+    """Whether an optimizer really moved the parameters, or only collected a micro-batch."""
+    if isinstance(new, optax.MultiStepsState):
+        return new.gradient_step != old.gradient_step
+    return True
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _mean_over(axis_name: str, tree: PyTree) -> PyTree:
+    """The mean over devices; counters, which are equal on all of them, stay integers."""
+    return jax.tree.map(
+        lambda x: (
+            jax.lax.pmean(x, axis_name)
+            if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            else jax.lax.pmax(x, axis_name)
+        ),
+        tree,
+    )

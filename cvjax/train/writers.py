@@ -1,0 +1,190 @@
+"""Where metrics and pictures go. The interface is that of `clu.metric_writers.MetricWriter`."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cvjax import draw
+from cvjax.errors import InputError
+
+
+class Writer(Protocol):
+    """A place for metrics; the parameter names are clu's, which calls writers by keyword."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers."""
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, each [height, width, channels] in [0, 1]."""
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes the resolved config."""
+
+    def flush(self) -> None:
+        """Makes what was written visible to others."""
+
+    def close(self) -> None:
+        """Flushes; nothing may be written after."""
+
+
+class JsonLines:
+    """One JSON object a line in `metrics.jsonl`, with `step`, and `curves.png` drawn from them."""
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        """Lines after `resume_step` are those of steps that will be taken again: they go."""
+        self.directory = Path(workdir)
+        self.path = self.directory / "metrics.jsonl"
+        self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resume_step]
+        replacement = self.path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(replacement, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line."""
+        row = {"step": int(step), **{name: float(value) for name, value in scalars.items()}}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes `pictures/<name>_<step>.png`."""
+        for name, image in images.items():
+            path = self.directory / "pictures" / f"{name.replace('/', '_')}_{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw.save_png(path, np.asarray(image))
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Nothing: the config has a file of its own."""
+
+    def flush(self) -> None:
+        """Draws `curves.png`: every loss against the step."""
+        names = dict.fromkeys(name for row in self.rows for name in row if name.endswith("loss"))
+        curves = {}
+        for name in names:
+            rows = [row for row in self.rows if name in row]
+            curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
+        if curves:
+            draw.curves(self.directory / "curves.png", curves)
+
+    def close(self) -> None:
+        """Draws and closes."""
+        self.flush()
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files in `<workdir>/tensorboard`, by tensorboardX."""
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        purge = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds scalars."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Adds pictures."""
+        for name, image in images.items():
+            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Adds the config as text (tensorboardX's add_hparams would overwrite the run's file)."""
+        self._writer.add_text("config", f"```\n{json.dumps(hparams, indent=2, default=str)}\n```")
+
+    def flush(self) -> None:
+        """Flushes the event file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases; needs `pip install wandb`."""
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError("wandb is on, but not installed: pip install wandb") from error
+        self._wandb = wandb
+        name = Path(workdir).resolve().name
+        self._run = wandb.init(project="cvjax", dir=str(workdir), name=name, id=name, resume="allow")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs scalars."""
+        self._run.log({**scalars, "step": step})
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Logs pictures."""
+        pictures = {
+            name: self._wandb.Image((255 * np.asarray(image)).round().astype(np.uint8))
+            for name, image in images.items()
+        }
+        self._run.log({**pictures, "step": step})
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Sets the run's config."""
+        self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def flush(self) -> None:
+        """Nothing to do: its own thread sends."""
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Several:
+    """Passes everything on to several writers."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = list(writers)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Passes on."""
+        for writer in self.writers:
+            writer.write_scalars(step=step, scalars=scalars)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Passes on."""
+        for writer in self.writers:
+            writer.write_images(step=step, images=images)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Passes on."""
+        for writer in self.writers:
+            writer.write_hparams(hparams=hparams)
+
+    def flush(self) -> None:
+        """Passes on."""
+        for writer in self.writers:
+            writer.flush()
+
+    def close(self) -> None:
+        """Passes on."""
+        for writer in self.writers:
+            writer.close()
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; [] when there is none. A line cut by a crash is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
