@@ -140,19 +140,12 @@ def fit(
         bad_examples=workdir / "bad_examples.jsonl" if workdir else None, **(loader or {}),
     )  # fmt: skip
     eval_loader = _eval_loader(eval_data, batch_size, loader) if eval_data is not None else None
-    example = jax.tree.map(np.zeros_like, next(Loader(data, batch_size).iterate()))
+    example = _example(data, batch_size, loader)
 
-    groups = [group for group, _ in task.objectives]
-    averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
     rng = jax.random.key(seed)
-    shapes = jax.eval_shape(task.init, rng, example)[0]
-    optimizers = optimizers_by_group(optimizer, shapes, groups, steps)
+    make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
     micro = max((o.accumulate for o in _each(optimizer) if hasattr(o, "accumulate")), default=1)
     whole = sharding.replicated(mesh)
-    make_state = jax.jit(
-        lambda rng, batch: initial_state(task, batch, rng, lambda _: optimizers, averages),
-        out_shardings=whole,
-    )
     axis = sharding.AXIS if parallel == "pmap" else None
     step = step or make_train_step(task, optimizers, averages, axis)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
@@ -282,6 +275,57 @@ def evaluate(
     sharding.check_batch_size(batch_size, mesh)
     batches = _eval_loader(data, batch_size, loader)
     return _Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
+
+
+def load_state(
+    task: Task,
+    data: Any,
+    workdir: str | os.PathLike,
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: Any = None,
+    ema: float | Decay | Mapping[str, Decay] | None = None,
+    seed: int = 0,
+    loader: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """The newest valid state of the run in `workdir`; the arguments are those given to `fit`.
+
+    Raises InputError when there is none, or when it is the state of another model.
+    """
+    _use_compilation_cache()
+    mesh, rng = sharding.data_mesh(), jax.random.key(seed)
+    example = _example(data, batch_size, loader)
+    make_state, _, _ = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise InputError(f"workdir {workdir} has no checkpoint; train first")
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(make_state(rng, example))
+    if restored is None:
+        raise InputError(f"workdir {workdir} has no checkpoint; train first")
+    log.info("loaded step %d of %s", restored.step, workdir)
+    return restored.state
+
+
+def _example(data: Any, batch_size: int, loader: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """A batch of zeros of the right shapes."""
+    transforms = (loader or {}).get("transforms", ())
+    batch = next(Loader(data, batch_size, transforms=transforms).iterate())
+    return jax.tree.map(np.zeros_like, batch)
+
+
+def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Callable, dict, dict]:
+    """The jitted maker of the first state, and the optimizers and decays by group."""
+    groups = [group for group, _ in task.objectives]
+    averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
+    params, _ = jax.eval_shape(task.init, rng, example)
+    optimizers = optimizers_by_group(optimizer, params, groups, steps) if groups else {}
+    make_state = jax.jit(
+        lambda rng, batch: initial_state(task, batch, rng, optimizers, averages),
+        out_shardings=sharding.replicated(mesh),
+    )
+    return make_state, optimizers, averages
 
 
 class _Evaluation:

@@ -9,7 +9,7 @@ import optax
 from optax import GradientTransformation
 
 from cvjax.errors import InputError, nearest
-from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.state import PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Task, mean
 
 Decay = float | Callable[[jax.Array], jax.Array]
@@ -20,10 +20,10 @@ def initial_state(
     task: Task,
     batch: Batch,
     rng: jax.Array,
-    optimizers: Callable[[Params], Mapping[str, GradientTransformation]],
+    optimizers: Mapping[str, GradientTransformation],
     ema: Mapping[str, Decay],
 ) -> TrainState:
-    """The state before the first step; jit it. `optimizers` is called with the params."""
+    """The state before the first step; jit it."""
     params, model_state = task.init(rng, batch)
     for group in ema:
         if group not in params:
@@ -32,7 +32,7 @@ def initial_state(
         step=jnp.zeros((), jnp.int32),
         rng=rng,
         params=params,
-        opt_state={name: opt.init(params[name]) for name, opt in optimizers(params).items()},
+        opt_state={name: opt.init(params[name]) for name, opt in optimizers.items()},
         model_state=model_state,
         # A copy: were it the same buffer, donating the state would donate it twice.
         ema={group: jax.tree.map(jnp.copy, params[group]) for group in ema},

@@ -1,0 +1,151 @@
+"""Reading a config, changing it by flags, and keeping it as JSON."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cvjax.build import fields_of, resolve
+from cvjax.errors import InputError, nearest
+
+
+def read(name: str) -> ConfigDict:
+    """The config of a recipe, "configs/diffusion.py", or its small version, "...py:tiny"."""
+    file, _, argument = name.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        siblings = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise InputError(f"--config={file}: there is no such file{nearest(file, siblings)}")
+    if argument not in ("", "tiny"):
+        raise InputError(f"--config={name}: {argument!r} is no version of it (there is: tiny)")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise InputError(f"--config={file}: a config is a Python file, *.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--config={file}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config={file}: it has no function get_config(tiny=False)")
+    return module.get_config(tiny=argument == "tiny")
+
+
+def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> ConfigDict:
+    """Applies flags: pairs of a dotted path and the text of the value.
+
+    A value takes the type of the one that it replaces. A new `type` makes another object: the
+    fields that it does not take are dropped, those that it does take may be set by further
+    flags, in whatever order. Raises InputError in one line for everything else.
+    """
+    config = ConfigDict(config.to_dict())
+    types_first = sorted(assignments, key=lambda pair: not pair[0].endswith(".type"))
+    for path, text in types_first:
+        *parents, last = path.split(".")
+        node, walked = config, "config"
+        for parent in parents:
+            if not isinstance(node, ConfigDict) or parent not in node:
+                raise InputError(f"--{walked}.{parent}: no such field{_known(node, parent)}")
+            node, walked = node[parent], f"{walked}.{parent}"
+        if not isinstance(node, ConfigDict):
+            raise InputError(f"--config.{path}: {walked} is a value, {node!r}, and has no fields")
+        flag = f"--config.{path}"
+        if last == "type":
+            takes = fields_of(resolve(text, walked))
+            kept = {k: v for k, v in node.items() if k != "type" and (takes is None or k in takes)}
+            _replace(node, {"type": text, **kept})
+        elif last in node:
+            value = _parse(text, node[last], flag)
+            with node.ignore_type():
+                node[last] = value
+        elif "type" in node and _takes(node["type"], last, walked):
+            node[last] = _parse(text, None, flag)
+        else:
+            raise InputError(f"{flag}: no such field{_known(node, last)}")
+    return config
+
+
+def save_json(config: ConfigDict) -> dict[str, Any]:
+    """The resolved config as plain data."""
+    return json.loads(config.to_json_best_effort())
+
+
+def load_json(path: Path) -> ConfigDict:
+    """The config that a run saved. Raises InputError when it is not there or is not JSON."""
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text())))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no run to load: {path} does not exist") from error
+    except (json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """One line for each field in which two configs (plain data) differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = dict.fromkeys([*old, *new])
+        nested = [differences(old.get(k), new.get(k), f"{path}.{k}".strip(".")) for k in keys]
+        return [line for lines in nested for line in lines]
+    return [] if old == new else [f"{path}: {old!r} was, {new!r} is"]
+
+
+def _takes(type_name: str, field: str, path: str) -> bool:
+    takes = fields_of(resolve(type_name, path))
+    return takes is None or field in takes
+
+
+def _known(node: Any, name: str) -> str:
+    if not isinstance(node, ConfigDict):
+        return ""
+    names = set(node)
+    if "type" in node:
+        names |= set(fields_of(resolve(node["type"])) or {})
+    return nearest(name, names)
+
+
+def _replace(node: ConfigDict, fields: Mapping[str, Any]) -> None:
+    for key in list(node):
+        del node[key]
+    with node.ignore_type():
+        for key, value in fields.items():
+            node[key] = value
+
+
+def _parse(text: str, before: Any, flag: str) -> Any:
+    """The value that a text means, of the same type as the one before (None: any)."""
+    if isinstance(before, str):
+        return text
+    if isinstance(before, ConfigDict):
+        raise InputError(f"{flag}={text}: it has fields of its own{nearest(text, before)}")
+    if isinstance(before, bool):
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise InputError(f"{flag}={text}: it must be true or false, as the {before} it replaces")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if before is None or value is None:
+        return value
+    if isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(before, tuple | list) and isinstance(value, tuple | list):
+        return type(before)(value)
+    if type(value) is not type(before):
+        raise InputError(
+            f"{flag}={text}: it must be of type {type(before).__name__}, as the {before!r} it replaces"
+        )
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; a config's sequences are tuples, which modules can be hashed with."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value

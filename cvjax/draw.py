@@ -1,0 +1,142 @@
+"""Arrays -> pictures: grids of images, PNG files and curves.
+
+An image is float [height, width, channels] in [0, 1] with 1 (grey) or 3 (red, green, blue)
+channels. Files are written beside their place and renamed: who reads one never sees half of it.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from PIL import Image
+
+Series = tuple[ArrayLike, ArrayLike]
+
+
+def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | np.ndarray:
+    """Tiles images [n, h, w, c] into one picture [H, W, c], row by row.
+
+    Between the images and around them are `padding` black pixels; what is left of the last row is
+    black too. Fewer than `columns` images make one shorter row. Inside `jit` the result is a
+    traced array and only the shape is checked, else it is a NumPy array.
+
+    Raises:
+      ValueError: images of another shape, or with values outside [0, 1].
+    """
+    if not isinstance(images, jax.core.Tracer):
+        images = np.asarray(images)
+        _check_range(images)
+    xp = np if isinstance(images, np.ndarray) else jnp
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images have shape {images.shape}; they must be [n, height, width, 1 or 3], n > 0"
+        )
+    n, height, width, channels = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    # Each image brings the padding above and to its left; the picture adds the last on each side.
+    images = xp.pad(images, ((0, rows * columns - n), (padding, 0), (padding, 0), (0, 0)))
+    height, width = height + padding, width + padding
+    picture = images.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    picture = picture.reshape(rows * height, columns * width, channels)
+    return xp.pad(picture, ((0, padding), (0, padding), (0, 0)))
+
+
+def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
+    """Writes an image [height, width, 1 or 3] in [0, 1] as an 8-bit PNG.
+
+    Raises:
+      ValueError: an image of another shape, or with values outside [0, 1].
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or 0 in image.shape or image.shape[-1] not in (1, 3):
+        raise ValueError(f"the image has shape {image.shape}; it must be [height, width, 1 or 3]")
+    _check_range(image)
+    pixels = np.round(255 * image.astype(np.float32)).astype(np.uint8)
+    pixels = pixels[..., 0] if image.shape[-1] == 1 else pixels
+    _replace(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+
+
+def curves(path: str | os.PathLike, series: Mapping[str, Series], title: str = "") -> None:
+    """Plots {name: (steps, values)} as a PNG, one panel for each metric.
+
+    `train/loss` and `eval/loss` share the panel "loss": what is under `train/` is a light line and
+    its moving average, all else are points joined by a line. A panel whose values are all
+    positive and span more than a factor of 30 has a logarithmic axis. Values that are not finite
+    leave a gap.
+    """
+    # Figures of their own rather than pyplot: no global state, no display, safe in any thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[str]] = {}
+    for name in series:
+        panels.setdefault(name.split("/", 1)[-1], []).append(name)
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title)
+    for number, (panel, names) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.set(title=panel, xlabel="step")
+        axes.grid(alpha=0.3)
+        everything = []
+        for color, name in enumerate(names):
+            steps, values = (np.asarray(x, np.float64) for x in series[name])
+            if steps.shape != values.shape or steps.ndim != 1:
+                raise ValueError(
+                    f"{name}: steps have shape {steps.shape} and values {values.shape}; "
+                    "they must be two lists of one length"
+                )
+            everything.append(values[np.isfinite(values)])
+            style: dict[str, Any] = {"color": f"C{color}", "linewidth": 1.2}
+            if name.startswith("train/") and len(values) > 20:
+                axes.plot(steps, values, **{**style, "alpha": 0.25})
+                axes.plot(steps, _moving_average(values), label=name, **style)
+            else:
+                marker = "" if name.startswith("train/") else "o"
+                axes.plot(steps, values, label=name, marker=marker, markersize=3, **style)
+        values = np.concatenate(everything)
+        if values.size and values.min() > 0 and values.max() > 30 * values.min():
+            axes.set_yscale("log")
+        if names != [panel]:
+            axes.legend(fontsize="small")
+    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def _moving_average(values: np.ndarray) -> np.ndarray:
+    """The mean of the finite values in a centred window of about a twentieth of all."""
+    window = np.ones(2 * (len(values) // 40) + 1)
+    finite = np.isfinite(values)
+    count = np.convolve(finite, window, mode="same")
+    total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _check_range(images: np.ndarray) -> None:
+    """A rounding error outside [0, 1] passes; 0..255 and -1..1 do not."""
+    if not np.issubdtype(images.dtype, np.number) or np.issubdtype(images.dtype, np.integer):
+        raise ValueError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
+    low, high = (np.min(images), np.max(images)) if images.size else (0, 1)
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
+
+
+def _replace(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a new file beside `path`, then gives it the name `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""Residual networks for classification, and as backbones.
+
+K. He, X. Zhang, S. Ren, J. Sun: Deep Residual Learning for Image Recognition, CVPR 2016
+(https://arxiv.org/abs/1512.03385): the sizes are their table 1, the stem for small images their
+section 4.2. This is version 1.5, as in torchvision: a bottleneck strides in its 3x3 convolution,
+not in its first 1x1. The last norm of each block starts with scale zero, so that a block begins
+as the identity (P. Goyal et al.: Accurate, Large Minibatch SGD, https://arxiv.org/abs/1706.02677).
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from cvjax.errors import InputError
+
+# depth: (kind of block, number of blocks in each stage), table 1 of the paper.
+SIZES = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+}
+STEM_STRIDES = {"imagenet": 4, "cifar": 1}
+EXPANSION = 4  # of the channels, at the end of a bottleneck
+
+
+def _conv(features: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
+    """A convolution without bias, padded by the same amount on all sides.
+
+    XLA's "SAME" would pad a strided convolution on the right alone: half a pixel of shift in every
+    stage, and other numbers than those of the published weights.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=kernel // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"),
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """One residual block: relu(shortcut(x) + residual(x)).
+
+    Attributes:
+      features: channels of the 3x3 convolution; a bottleneck returns `EXPANSION` times as many.
+      stride: of the whole block.
+      bottleneck: 1x1, 3x3, 1x1 convolutions instead of 3x3, 3x3.
+      dtype: of the computation; parameters and statistics are float32.
+    """
+
+    features: int
+    stride: int
+    bottleneck: bool
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+        """Maps [b, h, w, c] to [b, ceil(h / stride), ceil(w / stride), channels].
+
+        The `mask`, bool [b, 1, 1, 1], says which rows take part in the batch statistics.
+        """
+        if self.bottleneck:
+            channels = EXPANSION * self.features
+            convolutions = (self.features, 1, 1), (self.features, 3, self.stride), (channels, 1, 1)
+        else:
+            channels = self.features
+            convolutions = (channels, 3, self.stride), (channels, 3, 1)
+        norm = partial(nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+
+        y = x
+        for number, (features, kernel, stride) in enumerate(convolutions, start=1):
+            is_last = number == len(convolutions)
+            scale_init = nn.initializers.zeros if is_last else nn.initializers.ones
+            y = _conv(features, kernel, stride, self.dtype, f"conv{number}")(y)
+            y = norm(scale_init=scale_init, name=f"norm{number}")(y, mask=mask)
+            y = y if is_last else nn.relu(y)
+        if self.stride > 1 or x.shape[-1] != channels:
+            x = _conv(channels, 1, self.stride, self.dtype, "shortcut_conv")(x)
+            x = norm(name="shortcut_norm")(x, mask=mask)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network.
+
+    `ResNet(50)` is that of the paper; `ResNet(stem="cifar", width=16, stage_sizes=(1, 1, 1))` is
+    one for digits. Only what is used has parameters: initialized through `features` it has no
+    head.
+
+    Attributes:
+      depth: 18, 34, 50, 101 or 152, as in the paper.
+      num_classes: length of the logits.
+      stem: "imagenet" is a 7x7 convolution and a max-pool, stride 4; "cifar" is a 3x3 convolution,
+        stride 1, for images of some 32 pixels.
+      width: channels of the stem and the first stage; each later stage has twice as many.
+      stage_sizes: the number of blocks in each stage, in place of those of `depth`.
+      block: "basic" or "bottleneck", in place of that of `depth`.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      remat: recompute the inside of each block in the backward pass: less memory, more time.
+    """
+
+    depth: int = 18
+    num_classes: int = 1000
+    stem: str = "imagenet"
+    width: int = 64
+    stage_sizes: tuple[int, ...] | None = None
+    block: str | None = None
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        for field, choices in dict(
+            depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck")
+        ).items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise InputError(
+                    f"ResNet: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
+                )
+        if self.stage_sizes is not None and (not self.stage_sizes or min(self.stage_sizes) < 1):
+            raise InputError(
+                f"ResNet: stage_sizes is {self.stage_sizes!r}; it must name at least one stage, "
+                "and each at least one block"
+            )
+        super().__post_init__()
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels of the image for one of the map; a map has size ceil(size of image / stride)."""
+        stages = len(self.stage_sizes or SIZES[self.depth][1])
+        return {f"stage{i + 1}": STEM_STRIDES[self.stem] * 2**i for i in range(stages)}
+
+    def setup(self):
+        """Names the layers; a stage's blocks are `stage1_0`, `stage1_1`, ..."""
+        kind, sizes = SIZES[self.depth]
+        kind, sizes = self.block or kind, self.stage_sizes or sizes
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        self.stem_conv = _conv(self.width, kernel, stride, self.dtype, None)
+        self.stem_norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        make_block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for stage, (name, size) in enumerate(zip(self.strides, sizes, strict=True)):
+            blocks = [
+                make_block(
+                    features=self.width * 2**stage,
+                    stride=2 if stage > 0 and number == 0 else 1,
+                    bottleneck=kind == "bottleneck",
+                    dtype=self.dtype,
+                )
+                for number in range(size)
+            ]
+            setattr(self, name, blocks)
+        self.head = nn.Dense(self.num_classes)
+
+    def features(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Returns the output of each stage, {"stage1": [b, h / stride, w / stride, c], ...}.
+
+        Args:
+          x: images [b, h, w, c], normalized.
+          train: normalize by this batch's statistics, and update their running average.
+          valid: bool [b]: the statistics are those of these rows alone. At least one must be
+            True, else they are NaN.
+        """
+        mask = None if valid is None else valid[:, None, None, None]
+        x = self.stem_conv(x.astype(self.dtype))
+        x = nn.relu(self.stem_norm(x, use_running_average=not train, mask=mask))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        maps = {}
+        for name in self.strides:
+            for block in getattr(self, name):
+                x = block(x, train, mask)
+            maps[name] = x
+        return maps
+
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
+        *_, last = self.features(x, train=train, valid=valid).values()
+        # The mean and the head in float32: cheap, and the logits keep their precision.
+        return self.head(jnp.mean(last, axis=(1, 2), dtype=jnp.float32))

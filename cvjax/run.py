@@ -1,0 +1,79 @@
+"""What main.py does with a config: build it and train, evaluate or predict."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cvjax import config as configs
+from cvjax import draw
+from cvjax.build import build
+from cvjax.data.loader import Loader
+from cvjax.errors import InputError, nearest
+from cvjax.train.loop import evaluate, fit, load_state
+from cvjax.train.sharding import data_mesh, put_batch
+
+log = logging.getLogger("cvjax")
+
+DATA = {"train", "test", "transforms", "threads", "processes", "retries", "bad_budget"}
+
+
+def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
+    """Runs a config in a mode and returns the exit code."""
+    plain = configs.save_json(config)
+    built = build(config)
+    data = built.pop("data")
+    for name in data:
+        if name not in DATA:
+            raise InputError(f"config.data.{name}: no such field{nearest(name, DATA)}")
+    loader = {name: value for name, value in data.items() if name not in ("train", "test")}
+    loader["transforms"] = tuple((loader.get("transforms") or {}).values())
+    if mode == "train":
+        saved = workdir / "config.json"
+        if saved.exists():
+            for line in configs.differences(json.loads(saved.read_text()), plain):
+                log.warning("%s goes on with another config: %s", workdir, line)
+        result = fit(
+            data=data["train"], eval_data=data.get("test"), loader=loader, workdir=workdir,
+            config=plain, **built,
+        )  # fmt: skip
+        if result.received is None and result.workdir is not None:
+            log.info("done: look into %s (curves.png, pictures/, metrics.jsonl)", workdir)
+        return 128 + result.received if result.received is not None else 0
+
+    task, seed, size = built["task"], built.get("seed", 0), built["batch_size"]
+    state = load_state(
+        task, data["train"], workdir, steps=built["steps"], batch_size=size, seed=seed,
+        optimizer=built.get("optimizer"), ema=built.get("ema"), loader=loader,
+    )  # fmt: skip
+    if mode == "evaluate":
+        found, pictures = evaluate(
+            task, state, data["test"], batch_size=size, evaluators=built.get("evaluators"),
+            loader=loader, seed=seed,
+        )  # fmt: skip
+        for name, value in found.items():
+            print(f"{name}: {value:.6g}")
+        (workdir / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+        for name, picture in pictures.items():
+            draw.save_png(workdir / f"{name}.png", np.asarray(picture))
+        return 0
+    return _predict(task, state, data["test"], size, seed, workdir)
+
+
+def _predict(task, state, source, batch_size: int, seed: int, workdir: Path) -> int:
+    """Writes what the task predicts for the whole of `source` to predictions.npz."""
+    mesh, rows = data_mesh(), []
+    predict = jax.jit(task.predict)
+    loader = Loader(source, batch_size, shuffle=False, epochs=1, last="pad")
+    for number, batch in enumerate(loader.iterate()):
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+        outputs = predict(state.averaged_params, state.model_state, put_batch(batch, mesh), rng)
+        rows.append({k: np.asarray(v)[batch["valid"]] for k, v in outputs.items()})
+    columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    np.savez(workdir / "predictions.npz", **columns)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in columns.items())
+    print(f"{workdir / 'predictions.npz'}: {shapes}")
+    return 0

@@ -1,0 +1,70 @@
+"""Flags -> config -> build -> fit.
+
+    python main.py --config=configs/diffusion.py
+    python main.py --config=configs/diffusion.py --config.seed=1 --workdir=runs/second
+    python main.py --mode=evaluate --workdir=runs/diffusion
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one recipe; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
+    flags, changes = parse(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("cvjax").setLevel(logging.INFO)
+
+    from cvjax import config as configs
+    from cvjax.errors import InputError
+    from cvjax.train.guards import NonFiniteError
+
+    try:
+        if flags.config is not None:
+            config = configs.override(configs.read(flags.config), changes)
+        elif flags.workdir is not None and flags.mode != "train":
+            config = configs.override(configs.load_json(flags.workdir / "config.json"), changes)
+        else:
+            raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
+        workdir = flags.workdir or default_workdir(flags.config, changes)
+
+        from cvjax.run import run
+
+        return run(config, workdir, flags.mode)
+    except (InputError, NonFiniteError) as error:
+        if flags.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """The flags, and the changes to the config as (path, text)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", help="a recipe, say configs/diffusion.py, or its small version ...py:tiny")
+    parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<recipe>)")
+    parser.add_argument("--mode", default="train", choices=("train", "evaluate", "predict"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    changes = [a for a in arguments if a.startswith("--config.")]
+    flags = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
+    for change in changes:
+        if "=" not in change:
+            parser.error(f"{change} has no value; write {change}=...")
+    pairs = [change.removeprefix("--config.").split("=", 1) for change in changes]
+    return flags, [(path, text) for path, text in pairs]
+
+
+def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
+    """runs/<recipe>; with changes a name of its own, so that the same command resumes its run."""
+    name = config.replace(":", "-").replace(".py", "").rpartition("/")[2]
+    if changes:
+        name += "-" + hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:8]
+    return Path("runs") / name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cvjax.train import sharding
+from cvjax.train.optimizer import Optimizer, optimizers_by_group
+from cvjax.train.state import TrainState
+from cvjax.train.step import initial_state, make_train_step, warmed_up_decay
+from cvjax.train.task import Task
+from tests.train.toys import (
+    Adversarial,
+    Bootstrap,
+    MetaLearning,
+    Network,
+    Regression,
+    batch_of,
+)
+
+
+def start(task, optimizer, ema=None, steps=100):
+    ema = ema or {}
+    groups = [group for group, _ in task.objectives]
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch_of(0))
+    optimizers = optimizers_by_group(optimizer, params, groups, steps)
+    state = jax.jit(lambda r, b: initial_state(task, b, r, optimizers, ema))(
+        jax.random.key(0), batch_of(0)
+    )
+    return state, optimizers
+
+
+def train(task, optimizer, batches, ema=None, run=None):
+    state, optimizers = start(task, optimizer, ema)
+    step = (run or jax.jit)(make_train_step(task, optimizers, ema))
+    rows = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        rows.append({name: float(m.compute()) for name, m in metrics.items()})
+    return state, rows
+
+
+def assert_close(one, two, rtol=0.0, atol=0.0):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("task", [Regression(), Adversarial(), Bootstrap(), MetaLearning()])
+def test_every_shape_of_research_trains_through_the_one_step(task):
+    assert isinstance(task, Task)
+    ema = {"student": 0.9} if isinstance(task, Bootstrap) else None
+    batches = [batch_of(i) for i in range(60)]
+    state, rows = train(task, optax.adam(1e-2), batches, ema)
+    assert int(state.step) == 60
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    if not isinstance(task, Adversarial):
+        assert np.mean([r["loss"] for r in rows[-5:]]) < 0.7 * np.mean([r["loss"] for r in rows[:5]])
+
+
+def test_each_group_moves_by_its_own_objectives_alone():
+    task, frozen = Adversarial(), optax.set_to_zero()
+    state, _ = start(task, optax.sgd(0.1))
+    for still, moves in (("generator", "discriminator"), ("discriminator", "generator")):
+        after, _ = train(task, {still: frozen, moves: optax.sgd(0.1)}, [batch_of(1)])
+        assert_close(after.params[still], state.params[still])
+        assert any(
+            (np.asarray(a) != np.asarray(b)).any()
+            for a, b in zip(
+                jax.tree.leaves(after.params[moves]), jax.tree.leaves(state.params[moves]), strict=True
+            )
+        )
+
+
+def test_an_objective_listed_twice_is_taken_twice_and_its_metrics_are_merged():
+    state, rows = train(Adversarial(), optax.adam(1e-3), [batch_of(0)])
+    assert int(optax.tree_utils.tree_get(state.opt_state["discriminator"], "count")) == 2
+    assert int(optax.tree_utils.tree_get(state.opt_state["generator"], "count")) == 1
+    assert {"critic_loss", "generator_loss"} <= set(rows[0])
+
+
+def test_four_micro_batches_are_one_batch_of_four_times_the_size():
+    small = [batch_of(i, 8) for i in range(4)]
+    large = jax.tree.map(lambda *parts: jnp.concatenate(parts), *small)
+    make = lambda k: Optimizer(optax.adamw, 1e-2, clip_norm=0.5, accumulate=k)  # noqa: E731
+    accumulated, _ = train(Regression(), make(4), small)
+    at_once, _ = train(Regression(), make(1), [large])
+    # The sums run in another order: float32 rounding, enlarged by Adam's division.
+    assert_close(accumulated.params, at_once.params, rtol=2e-5, atol=2e-6)
+
+
+def test_the_average_moves_only_with_real_updates_and_starts_as_a_copy():
+    ema = {"model": 0.5}
+    state, optimizers = start(Regression(), Optimizer(optax.sgd, 0.1, accumulate=3), ema)
+    assert_close(state.ema, state.params)
+    first = jax.tree.map(np.asarray, state.params)
+    step = jax.jit(make_train_step(Regression(), optimizers, ema), donate_argnums=0)
+    for i in range(2):
+        state, _ = step(state, batch_of(i))
+        assert_close(state.ema["model"], first["model"])
+    state, _ = step(state, batch_of(2))
+    expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, first, state.params)
+    assert_close(state.ema["model"], expected["model"], rtol=1e-6)
+
+
+def test_warmed_up_decay():
+    decay = warmed_up_decay(0.9)
+    np.testing.assert_allclose([decay(0), decay(8), decay(1000)], [0.1, 0.5, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate, poison):
+    task, ema = Regression(Network(batch_norm=True)), {"model": 0.9}
+    optimizer = Optimizer(optax.adam, 1e-2, accumulate=accumulate)
+    state, optimizers = start(task, optimizer, ema)
+    step = jax.jit(make_train_step(task, optimizers, ema))
+    state, _ = step(state, batch_of(0))
+    bad = batch_of(1) | {"y": batch_of(1)["y"].at[0, 0].set(poison)}
+    after, metrics = step(state, bad)
+    assert int(after.step) == int(state.step) + 1
+    assert float(metrics["nonfinite/model/loss"].compute()) == 1.0
+    assert_close(after.replace(step=0, rng=0), state.replace(step=0, rng=0))
+    recovered, metrics = step(after, batch_of(2))
+    assert float(metrics["nonfinite/model/gradient"].compute()) == 0.0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(recovered.replace(rng=0)))
+
+
+def test_randomness_is_the_seed_and_the_step_alone():
+    task, batches = Regression(noise=1.0), [batch_of(0)] * 4
+    whole, rows = train(task, optax.sgd(0.0), batches)
+    assert len({row["loss"] for row in rows}) == 4
+    state, optimizers = start(task, optax.sgd(0.0))
+    _, metrics = jax.jit(make_train_step(task, optimizers))(state.replace(step=jnp.int32(2)), batches[0])
+    assert float(metrics["loss"].compute()) == rows[2]["loss"]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_eight_devices_are_one_under_jit(batch_norm):
+    task = Regression(Network(batch_norm=batch_norm), noise=0.1)
+    batches = [batch_of(i, 32) for i in range(5)]
+    runs = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.data_mesh(devices)
+        state, optimizers = start(task, optax.sgd(1e-2, momentum=0.9))
+        state = jax.device_put(state, sharding.replicated(mesh))
+        step = sharding.jit_step(make_train_step(task, optimizers), mesh)
+        for batch in batches:
+            state, _ = step(state, sharding.put_batch(batch, mesh))
+        runs.append(state)
+    # Sums over devices in another order: a few float32 roundings, through five steps.
+    # (Not Adam: the bias before BatchNorm has gradient zero, whose rounding Adam would enlarge).
+    assert_close(runs[0].params, runs[1].params, rtol=1e-4, atol=1e-5)
+    assert_close(runs[0].model_state, runs[1].model_state, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_under_jit_sees_the_whole_batch():
+    """Were statistics per device, the first layer's mean would be that of a slice."""
+    task, mesh = Regression(Network(batch_norm=True)), sharding.data_mesh()
+    state, optimizers = start(task, optax.sgd(0.0))
+    batch = batch_of(0, 16) | {"x": jnp.arange(48.0).reshape(16, 3)}
+    weights = jax.tree.map(np.asarray, state.params["model"]["Dense_0"])
+    state = jax.device_put(state, sharding.replicated(mesh))
+    after, _ = sharding.jit_step(make_train_step(task, optimizers), mesh)(
+        state, sharding.put_batch(batch, mesh)
+    )
+    hidden = np.asarray(batch["x"]) @ weights["kernel"] + weights["bias"]
+    statistics = after.model_state["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(statistics["mean"], 0.1 * hidden.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * hidden.var(0), rtol=1e-4)
+
+
+def test_pmap_runs_the_same_step():
+    task, mesh = Regression(), sharding.data_mesh()
+    ema = {"model": 0.9}
+    runs = []
+    for wrap, axis in ((sharding.jit_step, None), (sharding.pmap_step, sharding.AXIS)):
+        state, optimizers = start(task, optax.adam(1e-2), ema)
+        state = jax.device_put(state, sharding.replicated(mesh))
+        step = wrap(make_train_step(task, optimizers, ema, axis), mesh)
+        for i in range(5):
+            state, metrics = step(state, sharding.put_batch(batch_of(i, 32), mesh))
+        assert isinstance(state, TrainState)
+        assert float(metrics["loss"].count) == 32
+        runs.append((state.params, state.ema, metrics["loss"].compute(), state.step))
+    # The mean of eight means against one mean: float32 rounding through five steps of Adam.
+    assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
