@@ -24,7 +24,7 @@ DATA = {"train", "test", "transforms", "threads", "processes", "retries", "bad_b
 def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     """Runs a config in a mode and returns the exit code."""
     plain = configs.save_json(config)
-    built = build(config)
+    built = build(config.to_dict())
     data = built.pop("data")
     for name in data:
         if name not in DATA:

@@ -99,10 +99,11 @@ class Classification:
         Green: named rightly; red: wrongly; invalid ones are black. Images have 1 or 3 channels.
         """
         logits = self._logits(params, model_state, batch)
-        losses = jnp.where(batch["valid"], _cross_entropy(logits, batch), -jnp.inf)
+        valid = jnp.asarray(batch["valid"])
+        losses = jnp.where(valid, _cross_entropy(logits, batch), -jnp.inf)
         worst = jnp.argsort(-losses)[:30]
-        images = jnp.where(batch["valid"][:, None, None, None], batch["image"], 0.0)[worst]
-        right, valid = _is_right(logits, batch)[worst], batch["valid"][worst]
+        right, valid = _is_right(logits, batch)[worst], valid[worst]
+        images = jnp.where(valid[:, None, None, None], jnp.asarray(batch["image"])[worst], 0.0)
 
         n, height, width, _ = images.shape
         images = jnp.broadcast_to(images, (n, height, width, 3))

@@ -118,13 +118,13 @@ def make_train_step(
     return train_step
 
 
-def warmed_up_decay(decay: float) -> Decay:
-    """A moving average's decay that starts low: min(decay, (1 + n) / (10 + n)) after n steps.
+def warmed_up_decay(step: jax.Array, *, decay: float) -> jax.Array:
+    """A moving average's decay that starts low: min(decay, (1 + step) / (10 + step)).
 
     Without it a short run samples what is left of its random beginning (the rule of
-    tf.train.ExponentialMovingAverage).
+    tf.train.ExponentialMovingAverage). `functools.partial` binds the decay.
     """
-    return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
 def _is_update(old: Any, new: Any) -> jax.Array | bool:

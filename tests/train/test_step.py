@@ -103,8 +103,8 @@ def test_the_average_moves_only_with_real_updates_and_starts_as_a_copy():
 
 
 def test_warmed_up_decay():
-    decay = warmed_up_decay(0.9)
-    np.testing.assert_allclose([decay(0), decay(8), decay(1000)], [0.1, 0.5, 0.9], rtol=1e-6)
+    decays = [warmed_up_decay(step, decay=0.9) for step in (0, 8, 1000)]
+    np.testing.assert_allclose(decays, [0.1, 0.5, 0.9], rtol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

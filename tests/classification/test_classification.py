@@ -1,0 +1,221 @@
+"""Classification: closed forms, masks, models with and without state."""
+
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.classification.task import Classification
+from cvjax.nn.resnet import ResNet
+from cvjax.train.task import Task
+
+CLASSES = 4
+
+
+class Linear(nn.Module):
+    """The smallest model that a person could bring: no statistics, no `valid`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        return nn.Dense(CLASSES)(x.reshape(len(x), -1))
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(CLASSES)(x)
+
+
+RESNET = ResNet(num_classes=CLASSES, stem="cifar", width=4, stage_sizes=(1, 1))
+
+
+def batch_of(n: int, channels: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.uniform(size=(n, 9, 9, channels)).astype(np.float32),
+        "label": rng.integers(0, CLASSES, n).astype(np.int32),
+        "valid": np.ones(n, bool),
+    }
+
+
+def take_step(task: Classification, params, model_state, batch, seed: int = 1):
+    """The loss, (model state, metrics) and gradient, jitted with the batch as an argument."""
+
+    @jax.jit
+    def step(params, model_state, batch):
+        state = SimpleNamespace(model_state=model_state)
+        loss = task.objectives[0].loss
+        return jax.value_and_grad(loss, has_aux=True)(params, state, batch, jax.random.key(seed))
+
+    return step(params, model_state, batch)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def is_finite(tree) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("model", [RESNET, Linear(), Dropped()], ids=lambda m: type(m).__name__)
+def test_what_is_not_valid_changes_nothing_bit_for_bit(model):
+    task = Classification(model, label_smoothing=0.1)
+    assert isinstance(task, Task)
+    one, other = batch_of(6), batch_of(6)
+    one["valid"][[1, 4]] = other["valid"][[1, 4]] = False
+    other["image"][[1, 4]] = np.nan
+    other["label"][[1, 4]] = [-1, 1000]
+    params, model_state = jax.jit(task.init)(jax.random.key(0), one)
+
+    result = take_step(task, params, model_state, one)
+    assert is_finite(result)
+    assert_equal(result, take_step(task, params, model_state, other))
+    evaluate = jax.jit(lambda batch: task.evaluate(params, model_state, batch, jax.random.key(0)))
+    assert is_finite(evaluate(one))
+    assert_equal(evaluate(one), evaluate(other))
+    assert int(evaluate(one)["accuracy"].count) == 4
+    visualize = jax.jit(lambda batch: task.visualize(params, model_state, batch, jax.random.key(0)))
+    assert_equal(visualize(one), visualize(other))
+
+
+@pytest.mark.parametrize("model", [RESNET, Linear()], ids=lambda m: type(m).__name__)
+def test_a_padded_batch_is_the_batch_without_its_padding(model):
+    task = Classification(model)
+    padded = batch_of(6)
+    padded["valid"][[0, 3]] = False
+    short = jax.tree.map(lambda x: x[padded["valid"]], padded)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), padded)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        take_step(task, params, model_state, padded),
+        take_step(task, params, model_state, short),
+    )
+
+
+@pytest.mark.parametrize("model", [RESNET, Linear()], ids=lambda m: type(m).__name__)
+def test_a_batch_of_nothing_teaches_nothing(model):
+    task = Classification(model)
+    batch = batch_of(4)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
+    batch["valid"][:] = False
+    batch["image"][:] = np.nan
+    (loss, (new_state, metrics)), gradient = take_step(task, params, model_state, batch)
+    assert loss == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert_equal(new_state, model_state)
+    assert metrics["loss"].count == metrics["accuracy"].count == 0
+
+
+def test_label_smoothing_has_its_closed_form():
+    smoothing, batch = 0.2, batch_of(5)
+    task = Classification(Linear(), label_smoothing=smoothing)
+    params, model_state = task.init(jax.random.key(0), batch)
+    (loss, (new_state, metrics)), _ = take_step(task, params, model_state, batch)
+
+    dense = jax.tree.map(np.float64, params["model"]["Dense_0"])
+    logits = (batch["image"].reshape(5, -1) * 2 - 1) @ dense["kernel"] + dense["bias"]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    right = log_p[np.arange(5), batch["label"]]
+    expected = -(1 - smoothing) * right - smoothing * log_p.mean(-1)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].compute(), expected.mean(), rtol=1e-5)
+    assert new_state == {}
+
+    held_out = task.evaluate(params, model_state, batch, jax.random.key(0))
+    np.testing.assert_allclose(held_out["loss"].compute(), -right.mean(), rtol=1e-5)
+    accuracy = (logits.argmax(-1) == batch["label"]).mean()
+    np.testing.assert_allclose(held_out["accuracy"].compute(), accuracy, rtol=1e-6)
+
+    outputs = task.predict(params, model_state, batch, jax.random.key(0))
+    np.testing.assert_allclose(outputs["logits"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs["probabilities"], np.exp(log_p), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(outputs["prediction"], logits.argmax(-1))
+
+
+def test_images_are_normalized_by_channel():
+    batch = batch_of(3, channels=3)
+    center, spread = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    plain = Classification(Linear(), mean=0.0, std=1.0)
+    params, model_state = plain.init(jax.random.key(0), batch)
+    normalized = {**batch, "image": (batch["image"] - np.array(center)) / np.array(spread)}
+    np.testing.assert_allclose(
+        Classification(Linear(), mean=center, std=spread).predict(
+            params, model_state, batch, jax.random.key(0)
+        )["logits"],
+        plain.predict(params, model_state, normalized, jax.random.key(0))["logits"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_dropout_draws_from_the_rng_of_the_step_and_only_in_training():
+    task = Classification(Dropped())
+    batch = batch_of(5)
+    params, model_state = task.init(jax.random.key(0), batch)
+    first, again, other = (take_step(task, params, model_state, batch, seed) for seed in (1, 1, 2))
+    assert_equal(first, again)
+    assert first[0][0] != other[0][0]
+    one, two = (task.evaluate(params, model_state, batch, jax.random.key(k)) for k in (1, 2))
+    assert_equal(one, two)
+
+
+def test_a_label_that_is_no_class_is_not_passed_over():
+    task = Classification(Linear())
+    batch = batch_of(3)
+    params, model_state = task.init(jax.random.key(0), batch)
+    for label in (-1, CLASSES):
+        batch["label"][0] = label
+        assert np.isnan(take_step(task, params, model_state, batch)[0][0])
+
+
+def test_training_moves_the_statistics_and_evaluation_does_not():
+    task = Classification(RESNET)
+    batch = batch_of(4)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
+    assert set(params) == {"model"} and set(model_state) == {"batch_stats"}
+    (_, (new_state, _)), _ = take_step(task, params, model_state, batch)
+    assert jax.tree.structure(new_state) == jax.tree.structure(model_state)
+    assert (new_state["batch_stats"]["stem_norm"]["mean"] != 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_worst_come_first_and_are_framed(channels):
+    task = Classification(Linear())
+    batch = batch_of(3, channels)
+    params, model_state = task.init(jax.random.key(0), batch)
+    logits = task.predict(params, model_state, batch, jax.random.key(0))["logits"]
+    batch["label"] = np.array(logits.argmax(-1), np.int32)
+    batch["label"][1] = logits[1].argmin()
+    batch["valid"][2] = False
+
+    picture = jax.jit(task.visualize)(params, model_state, batch, jax.random.key(0))["worst"]
+    # Three images of 9 pixels, framed with 1, in cells with 1 pixel of black between them.
+    assert picture.shape == (13, 37, 3)
+    assert picture.min() >= 0 and picture.max() <= 1
+    wrong, right, invalid = (picture[1:12, 1 + 12 * i : 12 + 12 * i] for i in range(3))
+    for cell, image in ((wrong, batch["image"][1]), (right, batch["image"][0])):
+        np.testing.assert_allclose(cell[1:-1, 1:-1], np.broadcast_to(image, (9, 9, 3)), rtol=1e-6)
+    assert wrong[0, 0, 0] > wrong[0, 0, 1] and right[0, 0, 1] > right[0, 0, 0]
+    assert not invalid.any()
+
+
+def test_it_learns():
+    task = Classification(Linear(), mean=0.0, std=1.0)
+    batch = batch_of(16)
+    params, model_state = task.init(jax.random.key(0), batch)
+
+    @jax.jit
+    def descend(params, _):
+        state = SimpleNamespace(model_state=model_state)
+        (loss, _), gradient = jax.value_and_grad(task.loss, has_aux=True)(
+            params, state, jax.tree.map(jnp.asarray, batch), jax.random.key(0)
+        )
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), loss
+
+    _, losses = jax.lax.scan(descend, params, length=200)
+    assert losses[-1] < 0.2 * losses[0]

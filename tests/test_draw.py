@@ -1,0 +1,110 @@
+"""Pictures: where each pixel goes, what is refused, and that no half a file is ever seen."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvjax import draw
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("n", "columns", "rows"), [(7, 3, 3), (2, 10, 1), (4, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_grid_puts_each_image_in_its_place(n, columns, rows, padding, channels):
+    images = np.random.default_rng(0).uniform(0.1, 1.0, (n, 4, 5, channels)).astype(np.float32)
+    picture = draw.grid(images, columns=columns, padding=padding)
+    columns = min(columns, n)
+    expected = np.zeros(
+        (rows * (4 + padding) + padding, columns * (5 + padding) + padding, channels), np.float32
+    )
+    for index, image in enumerate(images):
+        top = padding + (index // columns) * (4 + padding)
+        left = padding + (index % columns) * (5 + padding)
+        expected[top : top + 4, left : left + 5] = image
+    assert isinstance(picture, np.ndarray)
+    np.testing.assert_array_equal(picture, expected)
+    traced = jax.jit(lambda x: draw.grid(x, columns=columns, padding=padding))(images)
+    np.testing.assert_array_equal(traced, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 4, 4)), "(2, 4, 4)"),
+        (np.zeros((2, 4, 4, 2)), "(2, 4, 4, 2)"),
+        (np.zeros((0, 4, 4, 3)), "(0, 4, 4, 3)"),
+        (np.full((1, 4, 4, 3), 255.0), "from 255 to 255"),
+        (np.full((1, 4, 4, 3), -1.0), "from -1 to -1"),
+        (np.full((1, 4, 4, 3), np.nan), "nan"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "uint8"),
+    ],
+)
+def test_grid_and_save_png_refuse_what_is_no_image(images, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        draw.grid(images)
+    assert message in str(error.value)
+    if images.ndim == 4 and len(images):
+        with pytest.raises(ValueError):
+            draw.save_png(tmp_path / "x.png", images[0])
+        assert not list(tmp_path.iterdir())
+
+
+def test_grid_checks_shapes_inside_jit():
+    with pytest.raises(ValueError, match="must be"):
+        jax.jit(draw.grid)(np.zeros((2, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(channels, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 7, channels))
+    path = tmp_path / "new" / "picture.png"
+    draw.save_png(path, pixels / 255)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    draw.save_png(path, np.zeros((2, 2, 3)))
+    before = path.read_bytes()
+
+    def fail(self, file, **_):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw.save_png(path, np.ones((2, 2, 3)))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"train/loss": (np.arange(100), np.geomspace(10, 0.01, 100)), "eval/loss": ([50], [0.3])},
+        {"loss": ([0, 1], [np.nan, np.inf])},
+        {"loss": ([], [])},
+        {f"train/{i}_loss": ([1, 2], [-1.0, 1.0]) for i in range(5)},
+        {},
+    ],
+)
+def test_curves_draw_whatever_a_run_can_give(series, tmp_path):
+    path = tmp_path / "curves.png"
+    draw.curves(path, series, title="a run")
+    with Image.open(path) as image:
+        assert image.format == "PNG" and min(image.size) > 100
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_curves_refuse_steps_without_values(tmp_path):
+    with pytest.raises(ValueError, match="eval/loss: steps have shape"):
+        draw.curves(tmp_path / "curves.png", {"eval/loss": ([1, 2], [0.5])})
+
+
+def test_the_moving_average_keeps_a_constant_and_skips_what_is_not_finite():
+    values = np.full(200, 3.0)
+    values[[0, 50, 199]] = np.nan
+    np.testing.assert_allclose(draw._moving_average(values), 3.0)
