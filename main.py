@@ -12,31 +12,28 @@ import logging
 import sys
 from pathlib import Path
 
+from cvjax import config as configs
+from cvjax.errors import InputError, nearest
+from cvjax.run import run
+from cvjax.train.guards import NonFiniteError
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one recipe; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
-    flags, changes = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cvjax").setLevel(logging.INFO)
-
-    from cvjax import config as configs
-    from cvjax.errors import InputError
-    from cvjax.train.guards import NonFiniteError
-
     try:
+        flags, changes = parse(arguments)
         if flags.config is not None:
             config = configs.override(configs.read(flags.config), changes)
         elif flags.workdir is not None and flags.mode != "train":
             config = configs.override(configs.load_json(flags.workdir / "config.json"), changes)
         else:
             raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
-        workdir = flags.workdir or default_workdir(flags.config, changes)
-
-        from cvjax.run import run
-
-        return run(config, workdir, flags.mode)
+        return run(config, flags.workdir or default_workdir(flags.config, changes), flags.mode)
     except (InputError, NonFiniteError) as error:
-        if flags.debug:
+        if "--debug" in arguments:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -45,17 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """The flags, and the changes to the config as (path, text)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", help="a recipe, say configs/diffusion.py, or its small version ...py:tiny")
-    parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<recipe>)")
-    parser.add_argument("--mode", default="train", choices=("train", "evaluate", "predict"))
+    parser.add_argument("--config", help="a recipe, configs/<name>.py, or its small version ...py:tiny")
+    parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<name>)")
+    parser.add_argument("--mode", default="train", help="train, evaluate or predict")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    changes = [a for a in arguments if a.startswith("--config.")]
-    flags = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
-    for change in changes:
-        if "=" not in change:
-            parser.error(f"{change} has no value; write {change}=...")
-    pairs = [change.removeprefix("--config.").split("=", 1) for change in changes]
-    return flags, [(path, text) for path, text in pairs]
+    flags, others = parser.parse_known_args(arguments)
+    known = ("--config", "--config.<field>", "--workdir", "--mode", "--debug")
+    changes = []
+    for other in others:
+        field, equals, text = other.partition("=")
+        if not field.startswith("--config."):
+            raise InputError(f"{other}: no such flag{nearest(field, known)}")
+        if not equals:
+            raise InputError(f"{other} has no value; write {other}=...")
+        changes.append((field.removeprefix("--config."), text))
+    if flags.mode not in ("train", "evaluate", "predict"):
+        raise InputError(f"--mode={flags.mode}{nearest(flags.mode, ('train', 'evaluate', 'predict'))}")
+    return flags, changes
 
 
 def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:

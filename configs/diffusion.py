@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1000
+    config.steps = 1100
     config.batch_size = 64
     config.parallel = "jit"
     config.log_every = 50
-    config.evaluate_every = 250
+    config.evaluate_every = 275
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
@@ -31,7 +31,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
             type="nn.unet.UNet",
             width=32,
             multipliers=(1, 2),
-            blocks=2,
+            blocks=1,
             attention=(7,),
             patch=2,
             num_classes=10,
@@ -60,7 +60,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     if tiny:
         config.steps, config.batch_size = 4, 16
         config.log_every = config.evaluate_every = 2
-        config.task.network.update(width=8, blocks=1)
+        config.task.network.update(width=8)
         config.task.sample_steps = 2
         config.optimizer.warmup_steps = 1
     return config

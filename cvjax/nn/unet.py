@@ -39,7 +39,8 @@ class UNet(nn.Module):
     Attributes:
       width: channels at the first level; level i has `width * multipliers[i]`.
       multipliers: one for each level; between levels the map is halved.
-      blocks: residual blocks in each level on the way down; one more on the way up.
+      blocks: residual blocks in each level, on the way down and on the way up; each of these
+        sees the map of its counterpart.
       attention: heights of the maps that get self-attention, say (7,).
       heads: of the attention.
       patch: the picture is first cut into patches of this size, whose pixels become channels.
@@ -87,18 +88,17 @@ class UNet(nn.Module):
             return x
 
         h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(space_to_depth(x, self.patch))
-        skips = [h]
+        skips = []
         for i, multiplier in enumerate(self.multipliers):
             features = self.width * multiplier
             if i:
                 h = nn.Conv(features, (3, 3), (2, 2), padding=1, dtype=self.dtype)(h)
-                skips.append(h)
             for _ in range(self.blocks):
                 h = level(h, features)
                 skips.append(h)
         h = level(h, h.shape[-1])
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
-            for _ in range(self.blocks + 1):
+            for _ in range(self.blocks):
                 h = level(jnp.concatenate([h, skips.pop()], axis=-1), self.width * multiplier)
             if i:
                 # Channels first to what the next level needs: the map is still small here.

@@ -1,9 +1,11 @@
 """Three tasks as unlike each other as research gets; the engine must not know any of them."""
 
+import time
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from cvjax.train.task import Objective, mean
@@ -159,3 +161,19 @@ def batch_of(seed, size=16):
     x = jax.random.normal(jax.random.key(seed), (size, 3))
     y = x @ jnp.array([[1.0, -1.0], [0.5, 2.0], [-1.0, 0.3]])
     return {"x": x, "y": y, "valid": jnp.ones(size, bool)}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A source of the same linear problem; each read takes `seconds`."""
+
+    size: int = 100
+    seconds: float = 0.0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        x = np.random.default_rng(index).normal(size=3).astype(np.float32)
+        return {"x": x, "y": x @ np.array([[1, -1], [0.5, 2], [-1, 0.3]], np.float32)}

@@ -1,0 +1,95 @@
+"""Image files in folders, one folder per class."""
+
+import dataclasses
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cvjax.data.sources import Example
+from cvjax.errors import InputError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Image files, decoded when they are asked for; the sub-folders of `path` are the classes.
+
+    The sorted names of the sub-folders are the classes, and inside each, at any depth, the files
+    are taken in sorted order. Hidden folders are passed over. A photograph is turned upright as its
+    EXIF orientation says.
+    Records: image uint8 [height, width, channels]; label int32.
+
+    Attributes:
+        path: the folder of folders.
+        channels: 3 for colour, 1 for grey.
+        image_size: None keeps each image as it is; else the shorter side is scaled to this many
+            pixels (antialiased) and the middle is cut out, so that all images are squares.
+        max_pixels: a file whose header claims more is not decoded, for it would fill the memory.
+
+    Raises:
+        InputError: the folder is missing, has no sub-folders, or one of them has no images.
+        ValueError (of a record): the file is damaged or too large. OSError: it cannot be read.
+    """
+
+    path: str | pathlib.Path
+    channels: int = 3
+    image_size: int | None = None
+    max_pixels: int = 2**26
+
+    def __post_init__(self) -> None:
+        root = pathlib.Path(self.path).expanduser()
+        if self.channels not in _MODES:
+            raise InputError(f"channels={self.channels} must be 1 or 3")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size={self.image_size} must be at least 1, or None")
+        if not root.is_dir():
+            raise InputError(f"the folder {root} does not exist")
+        classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not classes:
+            raise InputError(f"{root} has no sub-folders: there must be one for each class")
+        files, labels = [], []
+        for label, folder in enumerate(classes):
+            found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            if not found:
+                raise InputError(f"{folder} has no images ({' '.join(_SUFFIXES)})")
+            files += found
+            labels += [label] * len(found)
+        object.__setattr__(self, "class_names", tuple(folder.name for folder in classes))
+        object.__setattr__(self, "_files", tuple(files))
+        object.__setattr__(self, "_labels", np.array(labels, np.int32))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        # Read first, so that an OSError is the store's and may pass, while a ValueError from
+        # decoding is the file's and stays.
+        content = pathlib.Path(self._files[index]).read_bytes()
+        try:
+            image = self._decode(content)
+        except Exception as error:
+            raise ValueError(f"cannot decode {self._files[index]}: {error}") from error
+        return {"image": image, "label": self._labels[index]}
+
+    def example_id(self, index: int) -> str:
+        """Returns the path of the file."""
+        return self._files[index]
+
+    def _decode(self, content: bytes) -> np.ndarray:
+        with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
+            if image.width * image.height > self.max_pixels:
+                raise ValueError(
+                    f"the header claims {image.width} x {image.height} pixels, more than "
+                    f"max_pixels={self.max_pixels}"
+                )
+            upright = ImageOps.exif_transpose(image)
+            picture = upright.convert(_MODES[self.channels])
+        if self.image_size is not None:
+            square = (self.image_size, self.image_size)
+            picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
+        array = np.asarray(picture)
+        return array[..., None] if array.ndim == 2 else array

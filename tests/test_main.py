@@ -1,0 +1,232 @@
+"""The program as a person uses it: bad input, resuming, signals, kills, and what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import main
+from cvjax.train.checkpoint import newest, read_arrays
+from cvjax.train.writers import read_json_lines
+
+ROOT = Path(__file__).parents[1]
+LINEAR = str(ROOT / "tests/recipe_linear.py")
+DIFFUSION = str(ROOT / "configs/diffusion.py") + ":tiny"
+DATA = "--config.data.train"
+
+BAD = {
+    "no config": ([], "--config is missing"),
+    "no file": (["--config=configs/difusion.py"], "configs/difusion.py: there is no such file"),
+    "a folder": (["--config=configs"], "there is no such file"),
+    "no python": (["--config={tmp}/notes.txt"], "a config is a Python file"),
+    "broken python": (["--config={tmp}/broken.py"], "SyntaxError"),
+    "no function": (["--config={tmp}/empty.py"], "no function get_config"),
+    "version": ([f"--config={DIFFUSION[:-4]}tny"], "'tny' is no version"),
+    "misspelt": (["--config.stesp=3"], "did you mean steps?"),
+    "misspelt inside": (["--config.task.guidence=3"], "did you mean guidance?"),
+    "field of a value": (["--config.steps.x=3"], "no fields"),
+    "object by a value": (["--config.task.network=3"], "fields of its own"),
+    "text for a number": (["--config.steps=many"], "must be of type int"),
+    "half a step": (["--config.steps=1.5"], "must be of type int"),
+    "no boolean": (["--config.task.network.remat=maybe"], "must be true or false"),
+    "no value": (["--config.steps"], "write --config.steps=..."),
+    "unknown flag": (["--wrokdir=x"], "did you mean --workdir?"),
+    "unknown mode": (["--mode=trian"], "did you mean train?"),
+    "negative batch": (["--config.batch_size=-4"], "batch_size is -4"),
+    "empty batch": (["--config.batch_size=0"], "batch_size is 0"),
+    "devices": (["--config.batch_size=12"], "8 devices do not divide; 8 would do"),
+    "no steps": (["--config.steps=0"], "steps is 0"),
+    "log": (["--config.log_every=-1"], "log_every is -1"),
+    "parallel": (["--config.parallel=pmpa"], "'jit' or 'pmap'"),
+    "module": (["--config.task.type=difusion.task.Diffusion"], "did you mean diffusion.task?"),
+    "name in module": (["--config.task.type=diffusion.task.Difusion"], "did you mean Diffusion?"),
+    "no dot": (["--config.task.type=Diffusion"], "it must be module.Name"),
+    "split": ([f"{DATA}.split=trian"], "train"),
+    "folder missing": (
+        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/nowhere"], "nowhere"),
+    "folder empty": (
+        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/hollow"], "hollow"),
+    "field of another type": (
+        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.pth=x"], "did you mean path?"),
+    "field left out": ([f"{DATA}.type=data.sources.folder.Folder"], "path is missing"),
+    "accumulate": (["--config.optimizer.accumulate=0"], "accumulate is 0"),
+    "clip": (["--config.optimizer.clip_norm=-1"], "clip_norm is -1"),
+    "optimizer": (["--config.optimizer.transform.type=optax.adamm"], "did you mean adam?"),
+    "decay rule": (["--config.optimizer.weight_decay=(('x',1.0),)"], "'x' matches no parameter"),
+    "decay covers": (
+        ["--config.optimizer.weight_decay=(('.*/kernel',1.0),)"], "no rule covers"),
+    "guidance": (["--config.task.class_dropout=0.0"], "set task.class_dropout=0.1"),
+    "sampling": (["--config.task.sample_steps=0"], "sample_steps is 0"),
+    "prediction": (["--config.task.prediction=epsilon"], "eps"),
+    "halvings": (["--config.task.network.multipliers=(1,1,1,1)"], "multiples of 16"),
+    "ema group": (["--config.ema={'netwrok':0.9}"], "fields of its own"),
+    "data field": (["--config.data.threds=3"], "did you mean threads?"),
+    "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
+    "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "hollow").mkdir()
+    arguments, message = BAD[name]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments] if arguments else []
+    if arguments and not any(a.startswith("--config=") for a in arguments):
+        arguments.insert(0, f"--config={DIFFUSION}")
+    before = sorted(tmp_path.rglob("*"))
+    code = main.main(arguments)
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(error) == 1 and message in error[0], error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="there is no such file"):
+        main.main(["--config=nowhere.py", "--debug"])
+
+
+def linear(workdir, *flags, **options):
+    command = [sys.executable, "main.py", f"--config={LINEAR}", f"--workdir={workdir}", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def finish(process, code=0):
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == code, text
+    return text
+
+
+def final(workdir):
+    saved = newest(workdir / "checkpoints")
+    return saved.step, read_arrays(saved.path, saved.arrays)
+
+
+def wait_for_step(process, workdir, step):
+    """Until the log has come to a step, or the process is done."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        rows = read_json_lines(workdir / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(linear(workdir))
+    return workdir
+
+
+def assert_same_run(workdir, whole):
+    (step, arrays), (whole_step, whole_arrays) = final(workdir), final(whole)
+    assert step == whole_step == 60
+    assert arrays.keys() == whole_arrays.keys()
+    for name, array in arrays.items():
+        assert np.asarray(array).tobytes() == np.asarray(whole_arrays[name]).tobytes(), name
+
+    def losses(folder):
+        rows = read_json_lines(folder / "metrics.jsonl")
+        return [(r["step"], r[k]) for r in rows for k in ("train/loss", "eval/loss") if k in r]
+
+    assert losses(workdir) == losses(whole)
+
+
+def test_what_a_run_leaves(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"metrics.jsonl", "curves.png", "config.json", "checkpoints"} <= names
+    assert json.loads((uninterrupted / "config.json").read_text())["steps"] == 60
+    assert "done" in finish(linear(uninterrupted)), "a finished run says so at once"
+
+
+def test_five_kills_change_nothing(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    for kill in range(5):
+        process = linear(workdir, "--config.data.train.seconds=0.002")
+        wait_for_step(process, workdir, 10 * (kill + 1))
+        time.sleep(0.013 * kill)
+        process.kill()
+        process.communicate()
+    finish(linear(workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_resumes(number, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = linear(workdir, "--config.data.train.seconds=0.005", "--config.checkpoint_every=60")
+    wait_for_step(process, workdir, 10)
+    process.send_signal(number)
+    text = finish(process, code=128 + number)
+    assert "finishing the step and saving" in text and "Traceback" not in text
+    assert 10 <= final(workdir)[0] < 60
+    assert "resumed at step" in finish(linear(workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_second_interrupt_exits_at_once(tmp_path):
+    process = linear(tmp_path / "run", "--config.data.train.seconds=1.0")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    finish(process, code=130)
+    assert time.monotonic() - began < 5
+
+
+def test_two_runs_in_one_workdir(tmp_path):
+    workdir = tmp_path / "run"
+    first = linear(workdir, "--config.data.train.seconds=0.02")
+    wait_for_step(first, workdir, 5)
+    text = finish(linear(workdir), code=2)
+    assert f"in use by the run with pid {first.pid}" in text
+    first.kill()
+    first.communicate()
+
+
+def test_a_run_that_diverges_stops_and_names_metric_and_step(tmp_path, capfd):
+    code = main.main(
+        [f"--config={LINEAR}", f"--workdir={tmp_path / 'run'}", "--config.task.noise=1e30"]
+    )
+    assert code == 1
+    assert "model/loss" in (error := capfd.readouterr().err) and "at step 11" in error
+
+
+def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert main.main([f"--config={DIFFUSION}", workdir]) == 0
+    capfd.readouterr()
+    assert main.main(["--mode=evaluate", workdir]) == 0
+    assert "loss: " in capfd.readouterr().out
+    assert main.main(["--mode=predict", workdir]) == 0
+    predictions = np.load(tmp_path / "run/predictions.npz")
+    assert predictions["sample"].shape == (1000, 28, 28, 1)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_recipe_runs_small_and_as_data_path_alone(config, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main.main([f"--config={config}:tiny", "--config.task.type=train.noop.NoOp"]) == 0
+    assert "waited for data" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main.main([f"--config={config}:tiny", "--workdir=run"]) == 0
+    assert list((tmp_path / "run/pictures").glob("*.png"))
