@@ -65,7 +65,7 @@ BAD = {
     "sampling": (["--config.task.sample_steps=0"], "sample_steps is 0"),
     "prediction": (["--config.task.prediction=epsilon"], "eps"),
     "halvings": (["--config.task.network.multipliers=(1,1,1,1)"], "multiples of 16"),
-    "ema group": (["--config.ema={'netwrok':0.9}"], "fields of its own"),
+    "ema group": (["--config.ema.netwrok=0.9"], "did you mean network?"),
     "data field": (["--config.data.threds=3"], "did you mean threads?"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "hollow").mkdir()
     arguments, message = BAD[name]
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments] if arguments else []
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     if arguments and not any(a.startswith("--config=") for a in arguments):
         arguments.insert(0, f"--config={DIFFUSION}")
     before = sorted(tmp_path.rglob("*"))

@@ -1,8 +1,8 @@
 """Augmentation of one example at a time, in numpy, on the processor.
 
-A transform is `transform(example, rng) -> example`: it returns a new dict and writes into nothing it
-was given. Here each changes the field `image`, uint8 [height, width, channels], to another of the
-same type, and leaves the other fields alone; a transform that draws nothing takes `rng` all the same.
+A transform is `transform(example, rng) -> example`: it returns a new dict and writes into nothing
+it was given. Those here change the field `image`, uint8 [height, width, channels], to another of
+the same type, and leave all other fields alone. One that draws nothing takes `rng` all the same.
 Settings are bound with `functools.partial`, or by a config.
 """
 

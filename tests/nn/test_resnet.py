@@ -16,17 +16,21 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def initialize(model: ResNet, x: np.ndarray, seed: int = 0) -> dict:
-    """Variables far from their initial zeros and ones, so that none of them can be forgotten."""
-    variables = jax.jit(model.init)(jax.random.key(seed), x)
+    """Variables far from the usual zeros and ones, so that none of them can be forgotten."""
     rng = np.random.default_rng(seed)
 
-    def perturb(path, leaf):
+    def draw(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key in ("scale", "var"):
-            return np.exp(0.3 * noise)
-        return np.asarray(leaf) + 0.3 * noise
+        match path[-1].key:
+            case "kernel":
+                return noise * np.float32(np.sqrt(2 / np.prod(leaf.shape[:-1])))
+            case "scale" | "var":
+                return np.exp(0.3 * noise)
+            case _:
+                return 0.3 * noise
 
-    return jax.tree_util.tree_map_with_path(perturb, variables)
+    shapes = jax.eval_shape(model.init, jax.random.key(seed), x)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def reference_resnet(variables: dict, x: np.ndarray, model: ResNet) -> np.ndarra
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_equals_a_slow_reference(stem, block):
     model = ResNet(**TINY, stem=stem, block=block)
-    x = images(2, 17, 14, 3)
+    x = images(2, 11, 14, 3)
     variables = initialize(model, x)
     expected = reference_resnet(variables, x, model)
     actual = jax.jit(model.apply)(variables, x)

@@ -19,8 +19,8 @@ class Folder:
     """Image files, decoded when they are asked for; the sub-folders of `path` are the classes.
 
     The sorted names of the sub-folders are the classes, and inside each, at any depth, the files
-    are taken in sorted order. Hidden folders are passed over. A photograph is turned upright as its
-    EXIF orientation says.
+    are taken in sorted order; hidden files and folders of classes are passed over. A photograph is
+    turned upright as its EXIF orientation says.
     Records: image uint8 [height, width, channels]; label int32.
 
     Attributes:
@@ -53,7 +53,7 @@ class Folder:
             raise InputError(f"{root} has no sub-folders: there must be one for each class")
         files, labels = [], []
         for label, folder in enumerate(classes):
-            found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            found = sorted(str(file) for file in folder.rglob("*") if _is_image(file))
             if not found:
                 raise InputError(f"{folder} has no images ({' '.join(_SUFFIXES)})")
             files += found
@@ -93,3 +93,7 @@ class Folder:
             picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
         array = np.asarray(picture)
         return array[..., None] if array.ndim == 2 else array
+
+
+def _is_image(file: pathlib.Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")

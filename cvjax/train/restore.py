@@ -1,0 +1,137 @@
+"""Parameters of a saved run, or a part of them, as the first parameters of another model."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from cvjax.errors import InputError, nearest
+from cvjax.train.checkpoint_files import (
+    METADATA,
+    Saved,
+    damage,
+    describe,
+    flatten,
+    newest,
+    read_arrays,
+    read_metadata,
+)
+from cvjax.train.state import Params
+
+
+class Row(NamedTuple):
+    """What became of one array."""
+
+    path: str
+    shape: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What became of every parameter of the model, and of every array that was to be taken.
+
+    The status is one of: loaded; left (no rule speaks of it); missing (a rule does, but it was not
+    saved); shape differs; unused (to be taken, but the model does not have it).
+    """
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        path, shape, _ = (max(map(len, column)) for column in zip(*self.rows, strict=True))
+        return "\n".join(
+            f"{row.path:{path}}  {row.shape:{shape}}  {row.status}" for row in self.rows
+        )
+
+
+def load_params(
+    params: Params,
+    *,
+    path: str | os.PathLike,
+    take: Mapping[str, str] | None = None,
+    use_ema: bool = False,
+) -> tuple[Params, Table]:
+    """Returns `params` with what `take` names replaced from a checkpoint, and what became of each.
+
+    Dtypes and shardings stay those of `params`. The code that made the checkpoint is not needed.
+
+    Args:
+      params: of the new model, {group: pytree}.
+      path: a work directory (the newest checkpoint that is whole) or the folder of one step.
+      take: {path among the saved params: path in `params`}, each of an array or of all below it,
+        like {"model/encoder": "student/backbone"}; "" is the root. None: all, where it was.
+      use_ema: takes the moving average of those groups that have one.
+
+    Raises:
+      InputError: there is no checkpoint, or it is damaged; a rule names nothing in the checkpoint
+        or nothing in the model, or nothing of it fits.
+    """
+    saved = _find(Path(path))
+    kinds = ("params/", "ema/") if use_ema else ("params/",)
+    sources = {
+        name.removeprefix(kind): name
+        for kind in kinds
+        for name in saved.arrays
+        if name.startswith(kind)
+    }
+    target = flatten(params)
+    shapes = {name: describe(leaf) for name, leaf in target.items()}
+    rows = {name: Row(name, shape, "left") for name, shape in shapes.items()}
+    chosen: dict[str, str] = {}  # path in the model: path in the checkpoint
+    for there, here in (take or {"": ""}).items():
+        old = _below(there, sources, f"checkpoint {saved.path}")
+        new = _below(here, target, "the model")
+        fitting = {
+            new[rest]: sources[old[rest]]
+            for rest in new.keys() & old.keys()
+            if _shape(saved.arrays[sources[old[rest]]]) == _shape(shapes[new[rest]])
+        }
+        if not fitting:
+            raise InputError(
+                f"take: nothing below {there!r} has a path and shape as below {here!r}"
+            )
+        chosen |= fitting
+        for rest, name in new.items():
+            status = "loaded" if name in chosen else "shape differs" if rest in old else "missing"
+            rows[name] = Row(name, shapes[name], status)
+        for rest in sorted(old.keys() - new.keys()):
+            source = sources[old[rest]]
+            rows[source] = Row(source, saved.arrays[source], "unused")
+    read = read_arrays(saved.path, chosen.values())
+    leaves = [
+        jax.device_put(read[chosen[name]].astype(leaf.dtype), getattr(leaf, "sharding", None))
+        if name in chosen
+        else leaf
+        for name, leaf in target.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves), Table(tuple(rows.values()))
+
+
+def _find(path: Path) -> Saved:
+    """The checkpoint in the folder of a step, or the newest of a work directory."""
+    if (path / METADATA).is_file():
+        if reason := damage(path):
+            raise InputError(f"checkpoint {path} is damaged: {reason}")
+        return read_metadata(path)
+    saved = newest(path / "checkpoints") or newest(path)
+    if saved is None:
+        raise InputError(f"{path} has no checkpoint")
+    return saved
+
+
+def _below(prefix: str, paths: Iterable[str], where: str) -> dict[str, str]:
+    """{what follows the prefix: path} for the paths that are at the prefix or below it."""
+    start = f"{prefix}/" if prefix else ""
+    found = {path[len(start) :]: path for path in paths if f"{path}/".startswith(start)}
+    if not found:
+        parents = {"/".join(path.split("/")[:n]) for path in paths for n in range(1, 9)}
+        raise InputError(f"take: {where} has no parameters {prefix!r}{nearest(prefix, parents)}")
+    return found
+
+
+def _shape(described: str) -> str:
+    """ "[3,4]" of "float32[3,4]"."""
+    return described[described.index("[") :]

@@ -1,0 +1,84 @@
+"""Does a judge recognize the digits that the main job was asked for?
+
+    python experiments/digit_agreement/run.py --workdir=runs/diffusion
+
+trains the main job there if it has not been trained, trains the judge (configs/classification.py,
+another seed) in runs/judge, and asks it about 500 class-conditional samples.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import main
+from cvjax import config as configs
+from cvjax.build import build
+from cvjax.train.loop import evaluate, load_state
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(workdir: Path):
+    """The task, its newest state and its held-out data, from a work directory."""
+    built = build(configs.load_json(workdir / "config.json").to_dict())
+    data = built.pop("data")
+    state = load_state(
+        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
+        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
+    )  # fmt: skip
+    return built["task"], state, data["test"]
+
+
+def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, float]:
+    """Returns the judge's own accuracy, and the agreement by guidance weight."""
+    for config, folder, flags in (
+        ("diffusion", workdir, []),
+        ("classification", judge_workdir, ["--config.seed=100"]),
+    ):
+        if not (folder / "config.json").exists():
+            arguments = [f"--config={ROOT}/configs/{config}.py", f"--workdir={folder}", *flags]
+            if code := main.main(arguments):
+                sys.exit(code)
+    task, state, _ = load(workdir)
+    judge, judge_state, held_out = load(judge_workdir)
+    found, _ = evaluate(judge, judge_state, held_out, batch_size=100)
+    result = {"judge accuracy on the held-out digits": found["accuracy"]}
+
+    label = jnp.arange(500) % 10
+    sample = jax.jit(task.sample, static_argnames=("shape", "guidance", "first"))
+
+    @jax.jit
+    def named(image, label):
+        batch = {"image": image, "label": label, "valid": jnp.ones(len(label), bool)}
+        outputs = judge.predict(
+            judge_state.averaged_params, judge_state.model_state, batch, jax.random.key(0)
+        )
+        return outputs["prediction"]
+
+    for guidance in (1.0, task.guidance):
+        agreed = []
+        for first in range(0, 500, 100):
+            part = label[first : first + 100]
+            images = sample(
+                state.averaged_params, jax.random.key(seed), part, shape=(28, 28, 1),
+                guidance=guidance, first=first,
+            )  # fmt: skip
+            agreed.append(np.asarray(named(images, part) == part))
+        result[f"agreement at guidance {guidance:g}"] = float(np.concatenate(agreed).mean())
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/diffusion")
+    parser.add_argument("--judge", type=Path, default=ROOT / "runs/judge")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples")
+    flags = parser.parse_args()
+    print(json.dumps(run(flags.workdir, flags.judge, flags.seed), indent=2))

