@@ -63,7 +63,8 @@ class Loader:
         prefetch: batches made in advance (by each worker); 0 makes each when it is asked for.
         retries: further attempts at reading an example after a failed one.
         backoff: seconds before the first of these; doubled before each next one.
-        bad_budget: share of the examples that may be bad before the run stops; 0 allows none.
+        bad_budget: share of the examples that may be bad before the run stops. The first five are
+            forgiven, unless it is 0, which allows none.
         bad_examples: a file to which each bad example is added as a JSON line. Processes other than
             the first add their number to the file's name.
 

@@ -1,192 +1,213 @@
-"""Gaussian diffusion processes, and what a network may predict in them.
+"""Gaussian diffusion processes: how data turns into noise, and what a network may predict of it.
 
-Notation: x0 is data, eps ~ N(0, 1), t in [0, 1] with data at 0 and noise at 1, and
+Notation, after D. Kingma et al., Variational Diffusion Models (https://arxiv.org/abs/2107.00630):
 
-    x_t = alpha(t) x0 + sigma(t) eps.
+    t       time in [0, 1]; 0 is data, 1 is noise
+    x_0     an image, values about [-1, 1];  eps: noise, N(0, I)
+    x_t     = alpha(t) x_0 + sigma(t) eps, hence p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I)
+    log SNR = 2 log(alpha(t) / sigma(t)), falls with t
 
-A process is alpha and sigma; everything else follows from them (Kingma et al. 2021; the
-interpolant of Lipman et al. 2023). Times are arrays that broadcast against x:
-`expand(t, x)` gives a time per example its trailing axes.
+A process is alpha and sigma; all else follows from them. The time that they see runs from MARGIN
+to 1 - MARGIN: nothing is ever divided by zero, every parameterization is defined at both ends of
+[0, 1], and the noise that is left at t = 0 is less than a grey level.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from cvjax.errors import InputError, nearest
 
-PREDICTIONS = ("eps", "x0", "v", "velocity", "score")
-SMALL = 1e-5  # below this alpha or sigma, what is divided by it is not determined by x_t
+MARGIN = 1e-3
+
+TimeQuantile = Callable[[jax.Array], jax.Array]
 
 
 class Process(Protocol):
-    """How data becomes noise."""
+    """What losses and samplers know of a process.
+
+    Attributes:
+      prediction: what the network predicts, one of `PARAMETERIZATIONS`.
+      times: quantile function of the distribution of t in training: maps uniform numbers in
+        (0, 1) to times.
+    """
+
+    prediction: str
+    times: TimeQuantile
 
     def alpha(self, t: jax.Array) -> jax.Array:
-        """Coefficient of the data; 1 at t = 0."""
+        """What is left of the data at time t: the factor of x_0."""
 
     def sigma(self, t: jax.Array) -> jax.Array:
-        """Standard deviation of the noise; 0 at t = 0."""
+        """The standard deviation of the noise at time t."""
+
+
+def uniform(u: jax.Array) -> jax.Array:
+    """Every time is as likely as any other."""
+    return u
+
+
+def logit_normal(u: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+    """The quantiles of sigmoid(N(mean, std^2)): more often the middle, where most is to learn.
+
+    P. Esser et al., https://arxiv.org/abs/2403.03206, section 3.1.
+    """
+    return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1 at all times.
+
+    Attributes:
+      schedule: "cosine": alpha = cos(pi t / 2) (A. Nichol, P. Dhariwal,
+        https://arxiv.org/abs/2102.09672, section 3.2); "linear": the SDE with beta(t) from 0.1 to
+        20 (Y. Song et al., https://arxiv.org/abs/2011.13456, equations 32 and 33), the limit of
+        DDPM.
+      prediction, times: as in `Process`. With "eps" take "linear": the cosine leaves so little of
+        the image at t = 1 that an error in eps makes a large one in x_0.
+    """
+
+    schedule: str = "cosine"
+    prediction: str = "v"
+    times: TimeQuantile = uniform
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
+        if self.schedule not in ("cosine", "linear"):
+            raise InputError(f"schedule is {self.schedule!r}; it can be 'cosine' or 'linear'")
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """The factor of x_0."""
+        if self.schedule == "cosine":
+            return jnp.cos(jnp.pi / 2 * _inside(t))
+        return jnp.exp(self._log_alpha(t))
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """The standard deviation of the noise."""
+        if self.schedule == "cosine":
+            return jnp.sin(jnp.pi / 2 * _inside(t))
+        return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
+
+    def _log_alpha(self, t: jax.Array) -> jax.Array:
+        """Half the integral of -beta from 0 to t."""
+        t, first, last = _inside(t), 0.1, 20.0
+        return -(t**2) * (last - first) / 4 - t * first / 2
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The straight path of rectified flow: alpha = 1 - t, sigma = t (Liu et al. 2023)."""
+    """Straight lines from data to noise: alpha = 1 - t, sigma = t.
+
+    Y. Lipman et al., https://arxiv.org/abs/2210.02747 (the conditional optimal transport path),
+    X. Liu et al., https://arxiv.org/abs/2209.03003 (rectified flow); their time runs the other way.
+
+    Attributes:
+      prediction, times: as in `Process`.
+    """
+
+    prediction: str = "velocity"
+    times: TimeQuantile = logit_normal
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
 
     def alpha(self, t: jax.Array) -> jax.Array:
-        """1 - t."""
-        return 1.0 - t
+        """The factor of x_0."""
+        return 1 - _inside(t)
 
     def sigma(self, t: jax.Array) -> jax.Array:
-        """The time itself."""
-        return 1.0 * t
-
-
-@dataclass(frozen=True)
-class CosineVariancePreserving:
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol and Dhariwal 2021, without offset)."""
-
-    def alpha(self, t: jax.Array) -> jax.Array:
-        """The cosine."""
-        return jnp.cos(0.5 * jnp.pi * t)
-
-    def sigma(self, t: jax.Array) -> jax.Array:
-        """The sine."""
-        return jnp.sin(0.5 * jnp.pi * t)
-
-
-@dataclass(frozen=True)
-class LinearVariancePreserving:
-    """beta(t) rises linearly (Song et al. 2021, equation 32): alpha^2 = exp(-integral of beta)."""
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def alpha(self, t: jax.Array) -> jax.Array:
-        """exp(-1/2 integral of beta)."""
-        return jnp.exp(-0.5 * self._integral(t))
-
-    def sigma(self, t: jax.Array) -> jax.Array:
-        """sqrt(1 - alpha^2), without cancellation near t = 0."""
-        variance = -jnp.expm1(-self._integral(t))
-        # The root has an infinite slope at 0: keep gradients finite there.
-        return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-
-    def _integral(self, t: jax.Array) -> jax.Array:
-        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
-
-
-class Prediction(NamedTuple):
-    """What a network's output says of the data and of the noise, each like x_t."""
-
-    x0: jax.Array
-    eps: jax.Array
-
-
-def expand(t: jax.Array, x: jax.Array) -> jax.Array:
-    """t [batch] with as many trailing axes of size 1 as x [batch, ...] has."""
-    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+        """The standard deviation of the noise."""
+        return _inside(t)
 
 
 def log_snr(process: Process, t: jax.Array) -> jax.Array:
-    """log(alpha^2 / sigma^2): falls from +inf at t = 0 to what noise is left at t = 1."""
-    return 2.0 * (jnp.log(process.alpha(t)) - jnp.log(process.sigma(t)))
+    """log(alpha^2 / sigma^2)."""
+    return 2 * (jnp.log(process.alpha(t)) - jnp.log(process.sigma(t)))
 
 
-def rates(process: Process, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The derivatives (alpha'(t), sigma'(t))."""
-    one = jnp.ones_like(t)
-    return jax.jvp(process.alpha, (t,), (one,))[1], jax.jvp(process.sigma, (t,), (one,))[1]
+def perturb(process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
+    """x_t, shape of `x0` [b, ...], for times [b]."""
+    return _like(process.alpha(t), x0) * x0 + _like(process.sigma(t), x0) * eps
 
 
-def drift_and_diffusion(process: Process, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(f, g^2) of dx = f x dt + g dw: f = alpha'/alpha, g^2 = 2 sigma sigma' - 2 f sigma^2.
+def prior(process: Process, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise to start sampling from, N(0, sigma(1)^2 I): what is left of the data counts as zero."""
+    return process.sigma(jnp.float32(1.0)) * jax.random.normal(rng, shape)
 
-    Kingma et al. 2021, equations 41 and 42.
+
+def drift(process: Process, t: jax.Array) -> jax.Array:
+    """f of the SDE dx = f(t) x dt + g(t) dw that has these marginals: d log alpha / dt."""
+    return _derivative(process.alpha, t) / process.alpha(t)
+
+
+def diffusion(process: Process, t: jax.Array) -> jax.Array:
+    """g of that SDE: g^2 = d sigma^2 / dt - 2 f sigma^2 = -sigma^2 d log SNR / dt."""
+    return process.sigma(t) * jnp.sqrt(-_derivative(lambda t: log_snr(process, t), t))
+
+
+# What a network may predict. Each is a x_0 + b eps with a and b functions of the time, so that
+# together with x_t = alpha x_0 + sigma eps it determines both.
+PARAMETERIZATIONS: dict[str, Callable] = {
+    "x0": lambda process, t: (jnp.ones_like(t), jnp.zeros_like(t)),
+    "eps": lambda process, t: (jnp.zeros_like(t), jnp.ones_like(t)),
+    # T. Salimans, J. Ho, https://arxiv.org/abs/2202.00512, appendix D.
+    "v": lambda process, t: (-process.sigma(t), process.alpha(t)),
+    # dx/dt along the probability flow ODE (Y. Lipman et al., theorem 3).
+    "velocity": lambda process, t: (
+        _derivative(process.alpha, t),
+        _derivative(process.sigma, t),
+    ),
+    # The gradient of log p(x_t | x_0).
+    "score": lambda process, t: (jnp.zeros_like(t), -1 / process.sigma(t)),
+}
+
+
+def combine(
+    process: Process, name: str, x0: jax.Array, eps: jax.Array, t: jax.Array
+) -> jax.Array:
+    """The quantity `name` of PARAMETERIZATIONS, shape of `x0` [b, ...], for times [b]."""
+    a, b = PARAMETERIZATIONS[name](process, t)
+    return _like(a, x0) * x0 + _like(b, x0) * eps
+
+
+def split(
+    process: Process, name: str, value: jax.Array, x: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(x_0, eps) of which x is x_t and `value` is the quantity `name`: the inverse of `combine`.
+
+    It solves the 2 x 2 system  alpha x_0 + sigma eps = x,  a x_0 + b eps = value.
     """
-    alpha_rate, sigma_rate = rates(process, t)
-    f = _divide(alpha_rate, process.alpha(t))
-    sigma = process.sigma(t)
-    return f, 2.0 * sigma * (sigma_rate - f * sigma)
+    alpha, sigma = _like(process.alpha(t), x), _like(process.sigma(t), x)
+    a, b = (_like(factor, x) for factor in PARAMETERIZATIONS[name](process, t))
+    determinant = alpha * b - sigma * a
+    return (b * x - sigma * value) / determinant, (alpha * value - a * x) / determinant
 
 
-def diffuse(process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """x_t, for x0 and eps [batch, ...] and t [batch]."""
-    t = expand(t, x0)
-    return process.alpha(t) * x0 + process.sigma(t) * eps
+def convert(
+    process: Process, source: str, target: str, value: jax.Array, x: jax.Array, t: jax.Array
+) -> jax.Array:
+    """The quantity `target` where `value` is the quantity `source`, at x = x_t [b, ...], t [b]."""
+    return combine(process, target, *split(process, source, value, x, t), t)
 
 
-def encode(process: Process, kind: str, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """What a network of that kind should predict at t [batch], from the true x0 and eps.
-
-    "eps"; "x0"; "v" = alpha eps - sigma x0 (Salimans and Ho 2022); "velocity" = dx_t/dt =
-    alpha' x0 + sigma' eps; "score" = -eps / sigma.
-    """
-    t = expand(t, x0)
-    alpha, sigma = process.alpha(t), process.sigma(t)
-    match kind:
-        case "eps":
-            return eps
-        case "x0":
-            return x0
-        case "v":
-            return alpha * eps - sigma * x0
-        case "velocity":
-            alpha_rate, sigma_rate = rates(process, t)
-            return alpha_rate * x0 + sigma_rate * eps
-        case "score":
-            return -_divide(eps, sigma)
-    raise InputError(f"prediction is {kind!r}{nearest(kind, PREDICTIONS)}")
+def _check_prediction(name: str) -> None:
+    if name not in PARAMETERIZATIONS:
+        raise InputError(f"prediction is {name!r}{nearest(name, PARAMETERIZATIONS)}")
 
 
-def decode(
-    process: Process, kind: str, output: jax.Array, x: jax.Array, t: jax.Array
-) -> Prediction:
-    """The inverse of `encode`: x0 and eps from a network's output at x_t [batch, ...], t [batch].
-
-    Where x_t says nothing (eps at t = 0, x0 at t = 1) the division is bounded, not exact.
-    """
-    t = expand(t, x)
-    alpha, sigma = process.alpha(t), process.sigma(t)
-    match kind:
-        case "eps":
-            return Prediction(_divide(x - sigma * output, alpha), output)
-        case "x0":
-            return Prediction(output, _divide(x - alpha * output, sigma))
-        case "v":
-            size = alpha**2 + sigma**2
-            return Prediction(
-                (alpha * x - sigma * output) / size, (sigma * x + alpha * output) / size
-            )
-        case "velocity":
-            alpha_rate, sigma_rate = rates(process, t)
-            determinant = alpha * sigma_rate - sigma * alpha_rate
-            return Prediction(
-                _divide(sigma_rate * x - sigma * output, determinant),
-                _divide(alpha * output - alpha_rate * x, determinant),
-            )
-        case "score":
-            eps = -sigma * output
-            return Prediction(_divide(x - sigma * eps, alpha), eps)
-    raise InputError(f"prediction is {kind!r}{nearest(kind, PREDICTIONS)}")
+def _inside(t: jax.Array) -> jax.Array:
+    """[0, 1] -> [MARGIN, 1 - MARGIN]."""
+    return MARGIN + (1 - 2 * MARGIN) * t
 
 
-def uniform_times(quantiles: jax.Array) -> jax.Array:
-    """Training times spread evenly: the quantiles in (0, 1) themselves."""
-    return quantiles
+def _like(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
 
 
-def logit_normal_times(quantiles: jax.Array, *, mean: float = 0.0, std: float = 1.0) -> jax.Array:
-    """Training times mostly in the middle: sigmoid of a normal (Esser et al. 2024, section 3.1)."""
-    return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(quantiles))
-
-
-Times = Callable[[jax.Array], jax.Array]
-
-
-def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    safe = jnp.where(jnp.abs(denominator) < SMALL, SMALL, denominator)
-    return numerator / safe
+def _derivative(function: Callable, t: jax.Array) -> jax.Array:
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]

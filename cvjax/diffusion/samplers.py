@@ -1,8 +1,14 @@
-"""Samplers: from noise at t = 1 to data at t = 0, written once against a process.
+"""Samplers: from noise to images with the help of a denoiser, for any `Process`.
 
-Each takes `predict(x, t) -> Prediction`, with x [batch, ...] and t [batch], and is one
-`lax.scan`. All randomness of an example comes from its own key, so that an image does not depend
-on what else is in the batch.
+All share the signature `sampler(denoise, process, keys, shape, steps)`:
+
+    denoise   (x [b, *shape], t [b]) -> what `process.prediction` names, the same shape as x
+    keys      typed PRNG keys [b], one for each image: an image depends on its own key alone, not
+              on its place in the batch
+    shape     of one image
+    steps     of equal length in t, from t = 1 to t = 0
+
+and return float32 [b, *shape], x at t = 0. Each is one `lax.scan`: jit the caller.
 """
 
 from collections.abc import Callable
@@ -10,134 +16,87 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cvjax.diffusion.process import Prediction, Process, expand, rates
+from cvjax.diffusion.process import Process, convert, log_snr, perturb, prior, split
 from cvjax.errors import InputError
 
-Predict = Callable[[jax.Array, jax.Array], Prediction]
-Sampler = Callable[..., jax.Array]
-
-SHORTEST = 1e-4  # alpha and sigma are bounded by it where their logarithm is needed
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+Shape = tuple[int, ...]
 
 
-def noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal float32 [batch, *shape], each example from its key in `keys` [batch]."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
+    """The keys of the examples `first`, `first` + 1, ...: the same however a batch is split."""
+    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(count))
 
 
 def ddim(
-    predict: Predict,
+    denoise: Denoise,
     process: Process,
-    x: jax.Array,
     keys: jax.Array,
-    *,
+    shape: Shape,
     steps: int,
+    *,
     eta: float = 0.0,
 ) -> jax.Array:
-    """DDIM (Song, Meng and Ermon 2021, equation 12), first order; one evaluation a step.
+    """J. Song et al., https://arxiv.org/abs/2010.02502, equation 12: order 1.
 
-    With eta = 1 it is the ancestral sampler: the noise added has the variance of the posterior,
-    eta^2 (sigma_s / sigma_t)^2 (sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), from t to s < t.
+    With `eta` = 0 it is deterministic, and for FlowMatching it is Euler's method; `eta` = 1 is
+    ancestral sampling as in DDPM. Their variance (equation 16), written for any process, is that
+    of p(x_s | x_t, x_0): sigma_s^2 (1 - alpha_t^2 sigma_s^2 / (alpha_s^2 sigma_t^2)).
     """
 
-    def step(x: jax.Array, times: tuple) -> tuple[jax.Array, None]:
-        t, s, number = times
-        x0, eps = predict(x, jnp.full(x.shape[:1], t))
-        alpha_t, sigma_t = process.alpha(t), process.sigma(t)
-        alpha_s, sigma_s = process.alpha(s), process.sigma(s)
-        added = 0.0
-        if eta:
-            between = jnp.maximum(sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2, 0.0)
-            added = eta * sigma_s / sigma_t * jnp.sqrt(between)
-        x = alpha_s * x0 + jnp.sqrt(jnp.maximum(sigma_s**2 - added**2, 0.0)) * eps
-        if eta:
-            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-            x = x + added * noise(step_keys, x.shape[1:])
-        return x, None
+    def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+        x0, eps = split(process, process.prediction, denoise(x, t), x, t)
+        if eta == 0:
+            return perturb(process, x0, eps, s)
+        fresh = eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
+        fresh = fresh.reshape(-1, *[1] * len(shape))  # the share of noise that is drawn anew
+        noise = _normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), shape)
+        return perturb(process, x0, jnp.sqrt(1 - fresh**2) * eps + fresh * noise, s)
 
-    t = _grid(steps)
-    return jax.lax.scan(step, x, (t[:-1], t[1:], jnp.arange(steps)))[0]
+    return _integrate(step, process, keys, shape, steps)
 
 
 def heun(
-    predict: Predict, process: Process, x: jax.Array, keys: jax.Array, *, steps: int
+    denoise: Denoise, process: Process, keys: jax.Array, shape: Shape, steps: int
 ) -> jax.Array:
-    """Heun's method on the probability-flow ODE dx/dt = alpha' x0 + sigma' eps, second order.
+    """Heun's method for the probability flow ODE dx/dt = velocity: order 2, two evaluations a step.
 
-    Two evaluations a step and one for the last, which is Euler's (Karras et al. 2022,
-    algorithm 1).
+    T. Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1, in the time t.
     """
 
-    def slope(x: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.full(x.shape[:1], t)
-        x0, eps = predict(x, t)
-        alpha_rate, sigma_rate = rates(process, expand(t, x))
-        return alpha_rate * x0 + sigma_rate * eps
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        return convert(process, process.prediction, "velocity", denoise(x, t), x, t)
 
-    def step(x: jax.Array, times: tuple) -> tuple[jax.Array, None]:
-        t, s = times
-        first = slope(x, t)
-        second = slope(x + (s - t) * first, s)
-        return x + (s - t) * 0.5 * (first + second), None
+    def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+        length = (s - t).reshape(-1, *[1] * len(shape))
+        here = velocity(x, t)
+        there = velocity(x + length * here, s)
+        return x + length * (here + there) / 2
 
-    t = _grid(steps)
-    x = jax.lax.scan(step, x, (t[:-2], t[1:-1]))[0]
-    return x + (t[-1] - t[-2]) * slope(x, t[-2])
+    return _integrate(step, process, keys, shape, steps)
 
 
 def dpm_solver_2m(
-    predict: Predict, process: Process, x: jax.Array, keys: jax.Array, *, steps: int
+    denoise: Denoise, process: Process, keys: jax.Array, shape: Shape, steps: int
 ) -> jax.Array:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
+    """DPM-Solver++(2M): order 2 with one evaluation a step.
 
-    The first and the last step are of first order: there is no step before the one, and the
-    other ends where the log-SNR is infinite.
+    C. Lu et al., https://arxiv.org/abs/2211.01095, algorithm 2: a step of DDIM, but with x_0
+    extrapolated linearly in half the log SNR to the middle of the step, from this step and the
+    one before. The first step, which has none before it, and the last, in which the log SNR rises
+    too far to extrapolate, are of order 1.
     """
+    times = jnp.linspace(1.0, 0.0, max(steps, 1) + 1)
+    half_log_snr = log_snr(process, times) / 2
 
-    def half_log_snr(t: jax.Array) -> jax.Array:
-        alpha, sigma = (jnp.maximum(f(t), SHORTEST) for f in (process.alpha, process.sigma))
-        return jnp.log(alpha) - jnp.log(sigma)
+    def step(state, index, t, s):
+        x, before = state
+        x0, _ = split(process, process.prediction, denoise(x, t), x, t)
+        h = half_log_snr[index + 1] - half_log_snr[index]
+        h_before = half_log_snr[index] - half_log_snr[index - 1]
+        is_middle = (index > 0) & (index < steps - 1)
+        middle = x0 + jnp.where(is_middle, h / (2 * h_before), 0.0) * (x0 - before)
+        _, eps = split(process, "x0", middle, x, t)
+        return perturb(process, middle, eps, s), x0
 
-    def step(carry: tuple, times: tuple) -> tuple[tuple, None]:
-        x, x0_before, h_before = carry
-        t, s, number = times
-        x0, _ = predict(x, jnp.full(x.shape[:1], t))
-        h = half_log_snr(s) - half_log_snr(t)
-        first_order = (number == 0) | (number == steps - 1)
-        slope = jnp.where(first_order, 0.0, 0.5 * h / h_before)
-        direction = x0 + slope * (x0 - x0_before)
-        shrink = process.sigma(s) / process.sigma(t)
-        x = shrink * x + (process.alpha(s) - shrink * process.alpha(t)) * direction
-        return (x, x0, h), None
-
-    t = _grid(steps)
-    start = (x, jnp.zeros_like(x), jnp.ones(()))
-    return jax.lax.scan(step, start, (t[:-1], t[1:], jnp.arange(steps)))[0][0]
-
-
-def guided(
-    predict: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    label: jax.Array,
-    null: int,
-    weight: float,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Classifier-free guidance of a network's output: any + weight * (class - any).
-
-    Ho and Salimans 2022, equation 6, with weight = 1 + their w: 1 is no guidance (and costs one
-    evaluation), 0 ignores the class. `predict(x, t, label)`; `null` is the class "any".
-    """
-    if weight == 1:
-        return lambda x, t: predict(x, t, label)
-
-    def both(x: jax.Array, t: jax.Array) -> jax.Array:
-        labels = jnp.concatenate([label, jnp.full_like(label, null)])
-        output = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels)
-        conditional, unconditional = jnp.split(output, 2)
-        return unconditional + weight * (conditional - unconditional)
-
-    return both
-
-
-def _grid(steps: int) -> jax.Array:
-    if steps < 1:
-        raise InputError(f"sample_steps is {steps}; it must be at least 1")
-    return jnp.linspace(1.0, 0.0, steps + 1)
+    return _integrate(step, process, keys, shape, steps)

@@ -1,26 +1,39 @@
-"""Self-attention over the pixels of a map."""
+"""Multi-head attention (A. Vaswani et al., https://arxiv.org/abs/1706.03762, section 3.2)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jax.typing import DTypeLike
+
+from cvjax.errors import InputError
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among all pixels, added to the input; the identity at the beginning.
+    """Every token looks at every other, [b, n, c] -> [b, n, c].
 
-    As in Ho et al. 2020 (appendix B): group normalization before, no position embedding.
+    Attributes:
+      heads: each has c / heads channels.
+      zero_init: start with an output of zeros, so that a residual branch begins as nothing.
+      dtype: of the computation, softmax excepted; parameters are float32.
     """
 
-    heads: int = 4
-    groups: int = 8
-    dtype: jnp.dtype | None = None
+    heads: int
+    zero_init: bool = False
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [batch, height, width, channels] to the same shape."""
-        batch, height, width, channels = x.shape
-        h = nn.GroupNorm(self.groups, dtype=self.dtype)(x).reshape(batch, -1, channels)
-        h = nn.MultiHeadDotProductAttention(
-            self.heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros
-        )(h)
-        return x + h.reshape(x.shape)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The `mask`, bool [b or 1, heads or 1, n, n], is True where a query may see a key."""
+        channels = x.shape[-1]
+        if channels % self.heads:
+            raise InputError(
+                f"attention: {channels} channels do not divide into {self.heads} heads"
+            )
+        x = nn.Dense(3 * channels, dtype=self.dtype, name="query_key_value")(x)
+        query, key, value = jnp.split(
+            x.reshape(*x.shape[:2], self.heads, 3 * channels // self.heads), 3, axis=-1
+        )
+        x = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        x = x.reshape(*x.shape[:2], channels)
+        return nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="output")(x)

@@ -1,45 +1,67 @@
-"""Vectors for times and classes, which condition a network."""
+"""Vectors that tell a network the time and the class."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jax.typing import DTypeLike
 
 
 def sinusoidal(t: jax.Array, features: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sines and cosines of `1000 t` at geometric frequencies (Vaswani et al. 2017, section 3.5).
+    """Cosines and sines of t in [0, 1], float32 [b] -> [b, features]; `features` is even.
 
-    Args:
-      t: float [batch], times in [0, 1].
-      features: an even number.
-      max_period: the longest wave length, in thousandths of the time interval.
-
-    Returns:
-      float32 [batch, features].
+    The wavelengths grow geometrically from 2 pi to 2 pi * `max_period` thousandths of the unit
+    of time, which are the steps of J. Ho et al., https://arxiv.org/abs/2006.11239, and of
+    A. Vaswani et al., https://arxiv.org/abs/1706.03762, section 3.5.
     """
-    half = features // 2
-    frequencies = max_period ** (-jnp.arange(half) / half)
+    frequencies = max_period ** -jnp.linspace(0.0, 1.0, features // 2)
     angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class TimeAndClassEmbedding(nn.Module):
-    """The sum of an embedded time and an embedded class, [batch, features].
+class TimeEmbedding(nn.Module):
+    """A perceptron with one hidden layer on the sinusoids of the time, [b] -> [b, features].
 
-    Class `num_classes` is the null class: it stands for "any", which classifier-free guidance
-    needs (Ho and Salimans 2022).
+    Attributes:
+      features: of the hidden layer and of the output; even.
+      dtype: of the computation; the sinusoids and the parameters are float32.
     """
 
     features: int
-    num_classes: int = 0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, t: jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """Embeds `t` [batch] in [0, 1] and, with classes, `label` int [batch] in [0, num_classes]."""
-        x = sinusoidal(t, self.features)
-        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="time_in")(x))
-        x = nn.Dense(self.features, dtype=self.dtype, name="time_out")(x)
-        if self.num_classes:
-            embed = nn.Embed(self.num_classes + 1, self.features, dtype=self.dtype, name="class")
-            x = x + embed(jnp.full(t.shape, self.num_classes) if label is None else label)
-        return x
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """Embeds times in [0, 1]."""
+        x = sinusoidal(t, self.features).astype(self.dtype)
+        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="hidden")(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="output")(x)
+
+
+class ClassEmbedding(nn.Module):
+    """A learned vector for each class and one for the null class, int32 [b] -> [b, features].
+
+    The null class has the index `num_classes`: it stands for "no class given" in classifier-free
+    guidance (J. Ho, T. Salimans, https://arxiv.org/abs/2207.12598). A label out of range gives NaN.
+
+    Attributes:
+      num_classes: without the null class; 0 leaves only that one.
+      features: length of a vector.
+      dtype: of the output; the parameters are float32.
+    """
+
+    num_classes: int
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, label: jax.Array) -> jax.Array:
+        """Embeds labels in 0..num_classes."""
+        # As long as the embedded time, at the beginning, so that neither drowns the other.
+        table = nn.Embed(
+            self.num_classes + 1,
+            self.features,
+            embedding_init=nn.initializers.normal(1.0),
+            dtype=self.dtype,
+            name="table",
+        )
+        return table(label)

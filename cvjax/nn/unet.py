@@ -1,133 +1,205 @@
-"""The U-Net of diffusion models (Ho et al. 2020; Dhariwal and Nichol 2021)."""
+"""The U-Net of diffusion models: an image, a time and a class to an image.
+
+J. Ho et al.: Denoising Diffusion Probabilistic Models (https://arxiv.org/abs/2006.11239), appendix
+B, with the adaptive group normalization of P. Dhariwal, A. Nichol: Diffusion Models Beat GANs on
+Image Synthesis (https://arxiv.org/abs/2105.05233), section 3. The blocks begin as the identity
+and the network as zero.
+"""
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
-from cvjax.nn.embeddings import TimeAndClassEmbedding
+from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
+
+GROUPS = 8  # of channels that are normalized together, at most
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the condition scales and shifts between them. Begins as identity."""
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+    """[b, h, w, c] -> [b, h / patch, w / patch, patch * patch * c]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // patch, w // patch, patch * patch * c)
 
-    channels: int
-    dropout: float = 0.0
-    dtype: jnp.dtype | None = None
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+    """The inverse of `space_to_depth`: [b, h, w, patch * patch * c] -> [b, h p, w p, c]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * patch, w * patch, c // patch**2)
+
+
+def _norm(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:
+    groups = math.gcd(GROUPS, x.shape[-1])
+    return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, name=name)(x)
+
+
+class Block(nn.Module):
+    """A residual block: norm, SiLU, conv, norm, scale and shift, SiLU, conv.
+
+    Attributes:
+      features: channels of the output.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array, train: bool = False) -> jax.Array:
-        """Maps x [batch, height, width, any] and condition [batch, features] to `channels`."""
-        h = nn.silu(_norm(x.shape[-1], self.dtype)(x))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(h)
-        condition = nn.Dense(2 * self.channels, dtype=self.dtype)(nn.silu(condition))
-        scale, shift = jnp.split(condition[:, None, None, :], 2, axis=-1)
-        h = nn.silu(_norm(self.channels, self.dtype)(h) * (1 + scale) + shift)
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(h)
-        if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype)(x)
-        return x + h
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] to [b, h, w, features]; the condition is [b, d]."""
+        y = nn.silu(_norm(x, self.dtype, "norm1"))
+        y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv1")(y)
+        # FiLM (E. Perez et al., https://arxiv.org/abs/1709.07871): the condition sets each
+        # channel's scale and shift.
+        film = nn.Dense(2 * self.features, dtype=self.dtype, name="scale_shift")(condition)
+        scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
+        y = nn.silu(_norm(y, self.dtype, "norm2") * (1 + scale) + shift)
+        zeros = nn.initializers.zeros
+        y = nn.Conv(self.features, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
+        return x + y
+
+
+class AttentionBlock(nn.Module):
+    """A residual block in which every place of a map [b, h, w, c] looks at every other.
+
+    Attributes:
+      head_features: channels of one head.
+      dtype: of the computation; parameters are float32.
+    """
+
+    head_features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keeps the shape."""
+        channels = x.shape[-1]
+        heads = max(1, channels // self.head_features)
+        tokens = _norm(x, self.dtype, "norm").reshape(x.shape[0], -1, channels)
+        y = SelfAttention(heads, zero_init=True, dtype=self.dtype, name="attention")(tokens)
+        return x + y.reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """Predicts an array like its input, given a time and a class.
+    """Predicts an image from a noisy one, its time and its class.
+
+    On the way down each level has `blocks` residual blocks and halves the map (an odd size is
+    rounded up); on the way up each block is shown what its counterpart on the way down made.
+    Any height and width that are multiples of `patch` fit.
 
     Attributes:
-      width: channels at the first level; level i has `width * multipliers[i]`.
-      multipliers: one for each level; between levels the map is halved.
-      blocks: residual blocks in each level, on the way down and on the way up; each of these
-        sees the map of its counterpart.
-      attention: heights of the maps that get self-attention, say (7,).
-      heads: of the attention.
-      patch: the picture is first cut into patches of this size, whose pixels become channels.
-      num_classes: 0 for none; class `num_classes` is the null class.
-      dropout: in the residual blocks, while training.
-      dtype: of the computation, say "bfloat16"; parameters and output are float32.
-      remat: recompute the blocks in the backward pass instead of keeping their activations.
+      num_classes: classes without the null one; label `num_classes` means that none is given.
+      width: channels of the finest level.
+      multipliers: channels of each level, the finest first, as multiples of `width`.
+      blocks: residual blocks of each level, in each direction.
+      attention: levels (0 is the finest) with self-attention after every residual block; in the
+        middle of the network there is one if the coarsest level is among them.
+      head_features: channels of one head of attention.
+      patch: work on squares of `patch` x `patch` pixels, stacked as channels, instead of on
+        pixels: with 2 the maps are half as high and wide and the network costs a quarter.
+      embedding: length of the embedding of time and class; None for 4 * width.
+      dtype: of the computation; parameters and the output are float32.
+      remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
 
-    width: int = 32
+    num_classes: int = 10
+    width: int = 64
     multipliers: tuple[int, ...] = (1, 2)
     blocks: int = 2
-    attention: tuple[int, ...] = ()
-    heads: int = 4
+    attention: tuple[int, ...] = (1,)
+    head_features: int = 32
     patch: int = 1
-    num_classes: int = 0
-    dropout: float = 0.0
-    dtype: jnp.dtype | None = None
+    embedding: int | None = None
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, t: jax.Array, label: jax.Array | None = None, *, train: bool = False
-    ) -> jax.Array:
-        """Maps x [batch, height, width, channels], t [batch] in [0, 1], label int [batch].
-
-        Returns float32 of the shape of x. Raises InputError when patches and halvings do not
-        divide the height and the width.
-        """
-        batch, height, width, channels = x.shape
-        divisor = self.patch * 2 ** (len(self.multipliers) - 1)
-        if height % divisor or width % divisor:
+    def __post_init__(self):
+        for field in ("width", "blocks", "head_features", "patch"):
+            if getattr(self, field) < 1:
+                raise InputError(f"UNet: {field} is {getattr(self, field)}; it must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(
-                f"the U-Net cannot halve {height} x {width} pixels {len(self.multipliers) - 1} "
-                f"times after patches of {self.patch}: both sides must be multiples of {divisor}; "
-                "pad or resize the images, or change network.patch or network.multipliers"
+                f"UNet: multipliers is {self.multipliers!r}; it must name at least one level, and "
+                "each at least 1"
             )
-        block = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
-        condition = TimeAndClassEmbedding(4 * self.width, self.num_classes, self.dtype)(t, label)
+        if not set(self.attention) <= set(range(len(self.multipliers))):
+            raise InputError(
+                f"UNet: attention is {self.attention!r}; its levels must be in "
+                f"0..{len(self.multipliers) - 1}"
+            )
+        super().__post_init__()
 
-        def level(x: jax.Array, features: int) -> jax.Array:
-            x = block(features, self.dropout, self.dtype)(x, condition, train)
-            if x.shape[1] in self.attention:
-                x = SelfAttention(self.heads, _groups(features), self.dtype)(x)
-            return x
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+        """Maps images [b, h, w, c] to float32 images of the same shape.
 
-        h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(space_to_depth(x, self.patch))
+        Args:
+          x: noisy images, about unit variance.
+          t: float32 [b] in [0, 1].
+          label: int32 [b] in 0..num_classes.
+        """
+        height, width, channels = x.shape[1:]
+        if height % self.patch or width % self.patch:
+            raise InputError(
+                f"UNet: images are {height} x {width}, patch is {self.patch}; height and width "
+                f"must be multiples of {self.patch}"
+            )
+        embedding = self.embedding or 4 * self.width
+        condition = TimeEmbedding(embedding, self.dtype, name="time")(t)
+        condition += ClassEmbedding(self.num_classes, embedding, self.dtype, name="class")(label)
+        condition = nn.silu(condition)
+        make_block = nn.remat(Block) if self.remat else Block
+        make_attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        features = [self.width * multiplier for multiplier in self.multipliers]
+        levels = range(len(features))
+        coarsest = levels[-1]
+
+        def block(x: jax.Array, level: int, name: str) -> jax.Array:
+            return make_block(features[level], self.dtype, name=name)(x, condition)
+
+        def attention(x: jax.Array, level: int, name: str) -> jax.Array:
+            if level not in self.attention:
+                return x
+            return make_attention(self.head_features, self.dtype, name=f"{name}_attention")(x)
+
+        x = space_to_depth(x, self.patch).astype(self.dtype)
+        x = nn.Conv(features[0], (3, 3), dtype=self.dtype, name="stem")(x)
         skips = []
-        for i, multiplier in enumerate(self.multipliers):
-            features = self.width * multiplier
-            if i:
-                h = nn.Conv(features, (3, 3), (2, 2), padding=1, dtype=self.dtype)(h)
-            for _ in range(self.blocks):
-                h = level(h, features)
-                skips.append(h)
-        h = level(h, h.shape[-1])
-        for i, multiplier in reversed(list(enumerate(self.multipliers))):
-            for _ in range(self.blocks):
-                h = level(jnp.concatenate([h, skips.pop()], axis=-1), self.width * multiplier)
-            if i:
-                # Channels first to what the next level needs: the map is still small here.
-                h = nn.Dense(self.width * self.multipliers[i - 1], dtype=self.dtype)(h)
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-        h = nn.silu(_norm(h.shape[-1], self.dtype)(h))
-        h = nn.Conv(
-            channels * self.patch**2, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros
-        )(h)
-        return depth_to_space(h, self.patch).astype(jnp.float32)
+        for level in levels:
+            if level > 0:
+                x = nn.Conv(
+                    features[level], (3, 3), strides=2, padding=1, dtype=self.dtype,
+                    name=f"down{level}_halve",
+                )(x)  # fmt: skip
+            for number in range(self.blocks):
+                name = f"down{level}_{number}"
+                x = attention(block(x, level, name), level, name)
+                skips.append(x)
 
+        x = block(x, coarsest, "middle_0")
+        x = block(attention(x, coarsest, "middle"), coarsest, "middle_1")
 
-def space_to_depth(x: jax.Array, size: int) -> jax.Array:
-    """[b, h, w, c] -> [b, h / size, w / size, size * size * c]; the patch's row comes first."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // size, w // size, size * size * c)
+        for level in reversed(levels):
+            if level < coarsest:
+                rows, columns = skips[-1].shape[1:3]
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :rows, :columns]
+                x = nn.Conv(features[level], (3, 3), dtype=self.dtype, name=f"up{level}_double")(x)
+            for number in range(self.blocks):
+                name = f"up{level}_{number}"
+                x = block(jnp.concatenate([x, skips.pop()], axis=-1), level, name)
+                x = attention(x, level, name)
 
-
-def depth_to_space(x: jax.Array, size: int) -> jax.Array:
-    """The inverse of `space_to_depth`."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, size, size, c // size**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * size, w * size, c // size**2)
-
-
-def _groups(channels: int) -> int:
-    return math.gcd(channels, 8)
-
-
-def _norm(channels: int, dtype: jnp.dtype | None) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), dtype=dtype)
+        x = nn.silu(_norm(x, self.dtype, "head_norm"))
+        x = nn.Conv(
+            self.patch**2 * channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype,
+            name="head",
+        )(x)  # fmt: skip
+        return depth_to_space(x, self.patch).astype(jnp.float32)

@@ -179,16 +179,12 @@ class Checkpoints:
             raise InputError(f"checkpoints cannot be kept in {self.directory}: {cause}") from error
         finally:
             ocp.multihost.sync_global_processes("cvjax:proof")
-            if _is_primary():
-                shutil.rmtree(folder, ignore_errors=True)
+            self._clear()
 
     @cached_property
     def _orbax(self) -> ocp.AsyncCheckpointer:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if _is_primary():
-            killed = self.directory.glob("*.orbax-checkpoint-tmp*")
-            for leftover in [*killed, self.directory / PROOF]:
-                shutil.rmtree(leftover, ignore_errors=True)
+        self._clear()
         # A failure is raised here in one line; orbax would also log the traceback of every thread.
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         # When folders are made in the background and one cannot be made, orbax leaves threads
@@ -202,7 +198,7 @@ class Checkpoints:
         """Copies the arrays and begins to write; returns what waits for it and seals the folder."""
         described = {path: describe(array) for path, array in arrays.items()}
         text = json.dumps(metadata | {"arrays": described}, indent=1)
-        plain = {path: _key_data(array) for path, array in arrays.items()}
+        plain = {path: _one_copy(_key_data(array)) for path, array in arrays.items()}
 
         def finish() -> None:
             try:
@@ -222,6 +218,15 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
+
+    def _clear(self) -> None:
+        """Deletes the proof, and what saves that were killed left behind."""
+        if _is_primary():
+            for leftover in [
+                *self.directory.glob("*.orbax-checkpoint-tmp*"),
+                self.directory / PROOF,
+            ]:
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _tidy(self) -> None:
         """Deletes what need not be kept, now that a newer checkpoint is whole."""
@@ -297,6 +302,13 @@ def _same(one: Any, other: np.ndarray) -> bool:
 
 def _key_data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def _one_copy(leaf: Any) -> Any:
+    """One device's copy of what all have: orbax would compile a program that cuts it in pieces."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated and jax.process_count() == 1:
+        return leaf.addressable_data(0)
+    return leaf
 
 
 def _is_primary() -> bool:

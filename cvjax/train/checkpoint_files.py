@@ -152,8 +152,10 @@ def is_key(leaf: Any) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line of bearable length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """An error as one line of bearable length; what went wrong may stand at either end."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _checksum(path: Path) -> int:

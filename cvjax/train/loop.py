@@ -16,7 +16,7 @@ import numpy as np
 from clu import parameter_overview
 
 from cvjax.data.loader import Loader
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError
 from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
@@ -453,9 +453,3 @@ def _use_compilation_cache() -> None:
         root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "cvjax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def check_metric(best: str | None, found: Mapping[str, float]) -> None:
-    """Raises InputError when the metric that picks the best checkpoint is not among those found."""
-    if best is not None and best not in found:
-        raise InputError(f"best is {best!r}, but no evaluation gives it{nearest(best, found)}")

@@ -127,11 +127,11 @@ def _below(prefix: str, paths: Iterable[str], where: str) -> dict[str, str]:
     start = f"{prefix}/" if prefix else ""
     found = {path[len(start) :]: path for path in paths if f"{path}/".startswith(start)}
     if not found:
-        parents = {"/".join(path.split("/")[:n]) for path in paths for n in range(1, 9)}
-        raise InputError(f"take: {where} has no parameters {prefix!r}{nearest(prefix, parents)}")
+        depth = prefix.count("/") + 1
+        names = {"/".join(path.split("/")[:depth]) for path in paths}
+        raise InputError(f"take: {where} has no parameters {prefix!r}{nearest(prefix, names)}")
     return found
 
 
 def _shape(described: str) -> str:
-    """ "[3,4]" of "float32[3,4]"."""
-    return described[described.index("[") :]
+    return described.partition("[")[2]

@@ -64,8 +64,8 @@ class Tfds:
             raise InputError(
                 f"{self.name} is prepared, but not as ArrayRecord files{self._remedy()}"
             ) from None
-        names = getattr(builder.info.features.get(self.label_key), "names", None)
-        object.__setattr__(self, "class_names", tuple(names or ()))
+        label = builder.info.features[self.label_key] if self.label_key else None
+        object.__setattr__(self, "class_names", tuple(getattr(label, "names", None) or ()))
         object.__setattr__(self, "_keys", keys)
         object.__setattr__(self, "_data", data)
 
