@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 900
+    config.steps = 930  # 15 epochs
     config.batch_size = 64
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 300
+    config.evaluate_every = 310
     config.best = "accuracy"
 
     config.data = dict(
@@ -24,7 +24,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         test=dict(type="data.sources.digits.Digits", split="test"),
         transforms=dict(
             affine=dict(
-                type="data.transforms.random_affine", degrees=12.0, scale=(0.9, 1.1), pixels=2.0
+                type="data.transforms.random_affine", degrees=15.0, scale=(0.9, 1.1), pixels=2.0
             ),
         ),
         threads=0,
@@ -37,8 +37,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
             depth=18,
             num_classes=10,
             stem="cifar",
-            width=16,
-            stage_sizes=(1, 1, 1),
+            width=8,
+            stage_sizes=(1, 1, 1, 1),
             dtype="float32",
             remat=False,
         ),
@@ -46,9 +46,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
     )
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adam"),
+        transform=dict(type="optax.adamw"),
         learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2),
-        weight_decay=((".*/kernel", 0.01), (".*", 0.0)),
+        weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         accumulate=1,
     )
     config.ema = None
@@ -56,5 +56,5 @@ def get_config(tiny: bool = False) -> ConfigDict:
     if tiny:
         config.steps, config.batch_size = 4, 16
         config.log_every = config.evaluate_every = 2
-        config.task.model.width = 8
+        config.task.model.width = 4
     return config

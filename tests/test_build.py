@@ -104,4 +104,4 @@ def test_json_round_trip(tmp_path):
     assert again.to_dict() == config.to_dict()
     assert build(again.to_dict())["task"] == build(config.to_dict())["task"]
     again.steps = 3
-    assert differences(save_json(config), save_json(again)) == ["steps: 900 was, 3 is"]
+    assert differences(save_json(config), save_json(again)) == ["steps: 930 was, 3 is"]

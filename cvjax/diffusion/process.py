@@ -166,9 +166,7 @@ PARAMETERIZATIONS: dict[str, Callable] = {
 }
 
 
-def combine(
-    process: Process, name: str, x0: jax.Array, eps: jax.Array, t: jax.Array
-) -> jax.Array:
+def combine(process: Process, name: str, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
     """The quantity `name` of PARAMETERIZATIONS, shape of `x0` [b, ...], for times [b]."""
     a, b = PARAMETERIZATIONS[name](process, t)
     return _like(a, x0) * x0 + _like(b, x0) * eps

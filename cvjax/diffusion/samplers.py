@@ -12,6 +12,7 @@ and return float32 [b, *shape], x at t = 0. Each is one `lax.scan`: jit the call
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,16 +45,19 @@ def ddim(
     of p(x_s | x_t, x_0): sigma_s^2 (1 - alpha_t^2 sigma_s^2 / (alpha_s^2 sigma_t^2)).
     """
 
+    if not 0 <= eta <= 1:
+        raise InputError(f"ddim: eta is {eta}; it must be in [0, 1]")
+
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         x0, eps = split(process, process.prediction, denoise(x, t), x, t)
-        if eta == 0:
-            return perturb(process, x0, eps, s)
-        fresh = eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
-        fresh = fresh.reshape(-1, *[1] * len(shape))  # the share of noise that is drawn anew
-        noise = _normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), shape)
-        return perturb(process, x0, jnp.sqrt(1 - fresh**2) * eps + fresh * noise, s)
+        if eta > 0:
+            drawn = eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
+            drawn = drawn.reshape(-1, *[1] * len(shape))
+            noise = _normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), shape)
+            eps = jnp.sqrt(1 - drawn**2) * eps + drawn * noise
+        return perturb(process, x0, eps, s)
 
-    return _integrate(step, process, keys, shape, steps)
+    return _integrate(step, _start(process, keys, shape), steps, len(keys))
 
 
 def heun(
@@ -73,7 +77,7 @@ def heun(
         there = velocity(x + length * here, s)
         return x + length * (here + there) / 2
 
-    return _integrate(step, process, keys, shape, steps)
+    return _integrate(step, _start(process, keys, shape), steps, len(keys))
 
 
 def dpm_solver_2m(
@@ -82,21 +86,43 @@ def dpm_solver_2m(
     """DPM-Solver++(2M): order 2 with one evaluation a step.
 
     C. Lu et al., https://arxiv.org/abs/2211.01095, algorithm 2: a step of DDIM, but with x_0
-    extrapolated linearly in half the log SNR to the middle of the step, from this step and the
-    one before. The first step, which has none before it, and the last, in which the log SNR rises
-    too far to extrapolate, are of order 1.
+    extrapolated to the middle of the step, linearly in lambda = log(alpha / sigma), from this
+    step and the one before. The first step, which has none before it, and the last, in which
+    lambda rises too far to extrapolate, are of order 1.
     """
-    times = jnp.linspace(1.0, 0.0, max(steps, 1) + 1)
-    half_log_snr = log_snr(process, times) / 2
 
     def step(state, index, t, s):
         x, before = state
         x0, _ = split(process, process.prediction, denoise(x, t), x, t)
-        h = half_log_snr[index + 1] - half_log_snr[index]
-        h_before = half_log_snr[index] - half_log_snr[index - 1]
-        is_middle = (index > 0) & (index < steps - 1)
-        middle = x0 + jnp.where(is_middle, h / (2 * h_before), 0.0) * (x0 - before)
+        now = log_snr(process, t)
+        h, h_before = log_snr(process, s) - now, now - log_snr(process, t + (t - s))
+        is_between = (index > 0) & (index < steps - 1)
+        weight = jnp.where(is_between, h / (2 * h_before), 0.0).reshape(-1, *[1] * len(shape))
+        middle = x0 + weight * (x0 - before)
         _, eps = split(process, "x0", middle, x, t)
         return perturb(process, middle, eps, s), x0
 
-    return _integrate(step, process, keys, shape, steps)
+    x = _start(process, keys, shape)
+    return _integrate(step, (x, jnp.zeros_like(x)), steps, len(keys))[0]
+
+
+def _normal(keys: jax.Array, shape: Shape) -> jax.Array:
+    """Noise [b, *shape], each row from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _start(process: Process, keys: jax.Array, shape: Shape) -> jax.Array:
+    """Noise at t = 1, [b, *shape]."""
+    return jax.vmap(lambda key: prior(process, key, shape))(keys)
+
+
+def _integrate(step: Callable, state: Any, steps: int, batch: int) -> Any:
+    """`state = step(state, index, t [b], s [b])`, from time t to time s, `steps` times."""
+    if steps < 1:
+        raise InputError(f"steps is {steps}; a sampler takes at least 1")
+
+    def body(state: Any, index: jax.Array) -> tuple[Any, None]:
+        t, s = (jnp.full(batch, 1 - i / steps) for i in (index, index + 1))
+        return step(state, index, t, s), None
+
+    return jax.lax.scan(body, state, jnp.arange(steps))[0]

@@ -128,13 +128,15 @@ def step_folders(directory: Path) -> dict[int, Path]:
 def flatten(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path, like "params/model/Dense_0/kernel".
 
-    Raises TypeError for a leaf that is not an array, ValueError for two with the same path.
+    Raises TypeError for a leaf that is not an array of numbers, ValueError for two of one path.
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(f"{path} is of type {type(leaf).__name__}, not an array")
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSU":
+            raise TypeError(f"{path} is an array of {leaf.dtype}, not of numbers")
         if path in leaves:
             raise ValueError(f"two arrays have the path {path}: a name contains '/'")
         leaves[path] = leaf

@@ -111,7 +111,8 @@ def fit(
       keep: how many of the newest checkpoints stay; and the best by `best`, an eval metric.
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
-      initialize: maps fresh params to those to start from (pretrained weights).
+      initialize: maps fresh params to those to start from, or to (params, table of what was
+        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`.
       config: the resolved config, saved with the checkpoints.
 
     Raises:
@@ -145,7 +146,6 @@ def fit(
     rng = jax.random.key(seed)
     make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
     micro = max((o.accumulate for o in _each(optimizer) if hasattr(o, "accumulate")), default=1)
-    whole = sharding.replicated(mesh)
     axis = sharding.AXIS if parallel == "pmap" else None
     step = step or make_train_step(task, optimizers, averages, axis)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
@@ -154,20 +154,19 @@ def fit(
     lock = checkpoints = None
     writer, history = Several([]), []
     try:
-        state = make_state(rng, example)
-        position = 0
-        if initialize is not None:
-            state = state.replace(params=initialize(state.params))
-            state = state.replace(ema={name: state.params[name] for name in state.ema})
-            state = jax.tree.map(lambda x: jax.device_put(x, whole).copy(), state)
+        restored, position = None, 0
         if workdir:
             _make_directory(workdir)
             lock = DirectoryLock(workdir) if is_primary else None
             checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
-            restored = checkpoints.restore(state)
-            if restored is not None:
-                state, position = restored.state, restored.position
-            else:
+            restored = checkpoints.restore(_shapes(make_state, rng, example, mesh))
+        if restored is not None:
+            state, position = restored.state, restored.position
+        else:
+            state = make_state(rng, example)
+            if initialize is not None:
+                state = _initialized(state, initialize, mesh)
+            if checkpoints:
                 checkpoints.prove_round_trip(state)
         if workdir and is_primary:
             if config is not None:
@@ -248,6 +247,7 @@ def fit(
             result.state, result.received = state, signals.received
         if checkpoints:
             checkpoints.close()
+            checkpoints = None
         progress.summary()
         return result
     except InputError:
@@ -256,6 +256,8 @@ def fit(
         raise
     finally:
         writer.close()
+        if checkpoints:  # an error ends the run: what was being saved is still finished
+            checkpoints.__exit__(RuntimeError)
         if lock:
             lock.release()
 
@@ -301,11 +303,30 @@ def load_state(
     if not folder.is_dir():
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
     with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(make_state(rng, example))
+        restored = checkpoints.restore(_shapes(make_state, rng, example, mesh))
     if restored is None:
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
     log.info("loaded step %d of %s", restored.step, workdir)
     return restored.state
+
+
+def _shapes(make_state: Callable, rng: jax.Array, example: Any, mesh: Any) -> TrainState:
+    """The state's shapes, for a restore that does not hold two states in memory."""
+    whole = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        jax.eval_shape(make_state, rng, example),
+    )
+
+
+def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainState:
+    """The state with other params, and averages that start as copies of them."""
+    params = initialize(state.params)
+    if isinstance(params, tuple):
+        params, table = params
+        log.info("%s", table)
+    state = state.replace(params=params, ema={name: params[name] for name in state.ema})
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
 
 
 def _example(data: Any, batch_size: int, loader: Mapping[str, Any] | None) -> dict[str, np.ndarray]:

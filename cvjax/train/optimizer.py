@@ -22,7 +22,7 @@ class Optimizer:
     """An optax optimizer with a schedule, clipping, decay and freezing rules, and accumulation.
 
     Rules are pairs (pattern, value). A pattern is a regular expression that must match the whole
-    path of a parameter ("stage1/block0/conv1/kernel"); the first that matches decides. A rule
+    path of a parameter ("stage1_0/conv1/kernel"); the first that matches decides. A rule
     that matches nothing and a parameter that no rule covers are errors.
 
     Attributes:

@@ -245,6 +245,15 @@ def test_a_save_that_is_killed_is_no_checkpoint_and_is_cleared_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]
 
 
+def test_a_folder_that_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 1)
+        monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # killed in between
+        save(checkpoints, 2)
+    assert steps_in(tmp_path) == [1, 2]
+    assert "cut off" in damage(tmp_path / "1") and damage(tmp_path / "2") is None
+
+
 def test_another_model_is_one_line_with_both_shapes(three):
     with pytest.raises(InputError, match=r"float32\[8,4\] there, float32\[8,5\] here") as caught:
         Checkpoints(three).restore(make_state(width=5))
@@ -341,7 +350,8 @@ def test_the_round_trip_finds_what_is_read_back_differently(tmp_path, monkeypatc
     "leaf, reason",
     [
         (object(), "model_state is of type object, not an array"),
-        (np.array([{}]), "object"),
+        (np.array([{}]), "model_state is an array of object, not of numbers"),
+        (np.array(["a"]), "model_state is an array of <U1, not of numbers"),
         (jnp.zeros((0, 3)), "zero size"),
     ],
 )

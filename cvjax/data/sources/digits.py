@@ -95,12 +95,12 @@ def _scikit(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Deals each class out in a seeded order: four fifths for train, the rest for test."""
+    """Deals each class out in a seeded order: four fifths for train, the rest for test; shuffled."""
     rng = np.random.default_rng(0)
     chosen = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         border = len(members) * 4 // 5
         chosen.append(members[:border] if split == "train" else members[border:])
-    order = np.sort(np.concatenate(chosen))
+    order = rng.permutation(np.concatenate(chosen))
     return frozen(images[order]), frozen(labels[order].astype(np.int32))
