@@ -1,8 +1,8 @@
 """Flags -> config -> build -> fit.
 
-    python main.py --config=configs/diffusion.py
-    python main.py --config=configs/diffusion.py --config.seed=1 --workdir=runs/second
-    python main.py --mode=evaluate --workdir=runs/diffusion
+python main.py --config=configs/diffusion.py
+python main.py --config=configs/diffusion.py --config.seed=1 --workdir=runs/second
+python main.py --mode=evaluate --workdir=runs/diffusion
 """
 
 import argparse
@@ -41,8 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """The flags, and the changes to the config as (path, text)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", help="a recipe, configs/<name>.py, or its small version ...py:tiny")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--config", help="a recipe, configs/<name>.py, or its small version ...py:tiny"
+    )
     parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<name>)")
     parser.add_argument("--mode", default="train", help="train, evaluate or predict")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -57,7 +61,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
             raise InputError(f"{other} has no value; write {other}=...")
         changes.append((field.removeprefix("--config."), text))
     if flags.mode not in ("train", "evaluate", "predict"):
-        raise InputError(f"--mode={flags.mode}{nearest(flags.mode, ('train', 'evaluate', 'predict'))}")
+        raise InputError(
+            f"--mode={flags.mode}{nearest(flags.mode, ('train', 'evaluate', 'predict'))}"
+        )
     return flags, changes
 
 

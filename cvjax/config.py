@@ -18,7 +18,9 @@ def read(name: str) -> ConfigDict:
     file, _, argument = name.partition(":")
     path = Path(file)
     if not path.is_file():
-        siblings = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        siblings = (
+            [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        )
         raise InputError(f"--config={file}: there is no such file{nearest(file, siblings)}")
     if argument not in ("", "tiny"):
         raise InputError(f"--config={name}: {argument!r} is no version of it (there is: tiny)")
@@ -139,7 +141,8 @@ def _parse(text: str, before: Any, flag: str) -> Any:
         return type(before)(value)
     if type(value) is not type(before):
         raise InputError(
-            f"{flag}={text}: it must be of type {type(before).__name__}, as the {before!r} it replaces"
+            f"{flag}={text}: it must be of type {type(before).__name__}, "
+            f"as the {before!r} that it replaces"
         )
     return value
 

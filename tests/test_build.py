@@ -89,7 +89,9 @@ def test_overrides_keep_the_type_and_a_new_type_takes_its_own_fields():
     assert changed.optimizer.learning_rate.init_value == 1.0
     assert isinstance(changed.optimizer.learning_rate.init_value, float)
     assert changed.task.network.multipliers == (1, 2, 3)
-    assert changed.data.train.to_dict() == dict(type="data.sources.folder.Folder", path="some/where")
+    assert changed.data.train.to_dict() == dict(
+        type="data.sources.folder.Folder", path="some/where"
+    )
     assert config.data.train.split == "train", "the config that was read is not touched"
 
 

@@ -48,7 +48,9 @@ def test_configs_import_nothing_of_cvjax():
 
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {
+        "file": ["requirements.txt"]
+    }
     names = lambda lines: {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}  # noqa: E731
     declared = names((ROOT / "requirements.txt").read_text().split())
     extras = project["project"]["optional-dependencies"]

@@ -61,7 +61,7 @@ BAD = {
     "decay rule": (["--config.optimizer.weight_decay=(('x',1.0),)"], "'x' matches no parameter"),
     "decay covers": (
         ["--config.optimizer.weight_decay=(('.*/kernel',1.0),)"], "no rule covers"),
-    "guidance": (["--config.task.class_dropout=0.0"], "set task.class_dropout=0.1"),
+    "guidance": (["--config.task.class_dropout=0.0"], "set class_dropout above 0"),
     "sampling": (["--config.task.sample_steps=0"], "sample_steps is 0"),
     "prediction": (["--config.task.prediction=epsilon"], "eps"),
     "halvings": (["--config.task.network.patch=3"], "multiples of 3"),
@@ -213,7 +213,7 @@ def test_a_run_that_diverges_stops_and_names_metric_and_step(tmp_path, capfd):
 
 def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     workdir = f"--workdir={tmp_path / 'run'}"
-    assert main.main([f"--config={DIFFUSION}", workdir]) == 0
+    assert main.main([f"--config={DIFFUSION}", workdir, "--config.batch_size=200"]) == 0
     capfd.readouterr()
     assert main.main(["--mode=evaluate", workdir]) == 0
     assert "loss: " in capfd.readouterr().out

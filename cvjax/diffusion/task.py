@@ -37,7 +37,7 @@ class Diffusion:
     """
 
     network: nn.Module
-    process: Process = FlowMatching()  # noqa: RUF009 (it is frozen)
+    process: Process = FlowMatching()
     num_classes: int = 10
     image_shape: tuple[int, int, int] = (28, 28, 1)
     class_dropout: float = 0.1

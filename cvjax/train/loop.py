@@ -189,12 +189,15 @@ def fit(
             """Reads the oldest step's metrics: waiting for it keeps the device's queue short."""
             at, metrics = pending.popleft()
             metrics = {
-                name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()
+                name: (float(m.total), float(m.count))
+                for name, m in jax.device_get(metrics).items()
             }
             if guard.check(at, {name: total for name, (total, _) in metrics.items()}):
                 window.append(metrics)
             else:
-                bad = [n for n, (total, _) in metrics.items() if n.startswith("nonfinite/") and total]
+                bad = [
+                    n for n, (total, _) in metrics.items() if n.startswith("nonfinite/") and total
+                ]
                 window.append({name: metrics[name] for name in bad})
                 log.warning("step %d skipped: %s", at, ", ".join(bad))
 
@@ -340,6 +343,7 @@ def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Calla
     """The jitted maker of the first state, and the optimizers and decays by group."""
     groups = [group for group, _ in task.objectives]
     averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
+    averages = averages if groups else {}
     params, _ = jax.eval_shape(task.init, rng, example)
     optimizers = optimizers_by_group(optimizer, params, groups, steps) if groups else {}
     make_state = jax.jit(
@@ -352,7 +356,9 @@ def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Calla
 class _Evaluation:
     """Compiles what an evaluation needs once, for all evaluations of a run."""
 
-    def __init__(self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int):
+    def __init__(
+        self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int
+    ):
         self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
         self.rng = jax.random.key(seed)
         whole = sharding.replicated(mesh)

@@ -18,7 +18,9 @@ class NoOp:
         """No parameters."""
         return {}, {}
 
-    def evaluate(self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
         """No metrics."""
         return {}
 

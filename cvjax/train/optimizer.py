@@ -51,7 +51,9 @@ class Optimizer:
         if self.accumulate < 1:
             raise InputError(f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
         if self.warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
+            raise InputError(
+                f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
         if isinstance(self.learning_rate, int | float) and not self.learning_rate >= 0:

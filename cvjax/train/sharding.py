@@ -49,9 +49,7 @@ def jit_step(step: Callable, mesh: Mesh) -> Callable:
     """`step(state, batch)` compiled for the mesh; the state's buffers are donated."""
     whole = replicated(mesh)
     rows = NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.jit(
-        step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0
-    )
+    return jax.jit(step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
 
 
 def pmap_step(step: Callable, mesh: Mesh) -> Callable:

@@ -74,9 +74,7 @@ def make_train_step(
                 loss_of_group, has_aux=True
             )(new.params[group])
             if axis_name:
-                value, gradient, model_state = _mean_over(
-                    axis_name, (value, gradient, model_state)
-                )
+                value, gradient, model_state = _mean_over(axis_name, (value, gradient, model_state))
                 reported = jax.lax.psum(reported, axis_name)
             updates, opt_state = optimizers[group].update(
                 gradient, new.opt_state[group], new.params[group]
@@ -102,7 +100,9 @@ def make_train_step(
             weight = jnp.float32(decay(state.step) if callable(decay) else decay)
             weight = jnp.where(applied.get(group, False), weight, 1.0)
             averaged = jax.tree.map(
-                lambda old, now, weight=weight: (old + (1 - weight) * (now - old)).astype(old.dtype),
+                lambda old, now, weight=weight: (old + (1 - weight) * (now - old)).astype(
+                    old.dtype
+                ),
                 new.ema[group],
                 new.params[group],
             )

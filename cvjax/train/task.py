@@ -42,7 +42,9 @@ class Task(Protocol):
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns ({group: pytree of parameters}, model_state)."""
 
-    def evaluate(self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array) -> Metrics:
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
         """Returns the metrics of a held-out batch that are plain means (loss, accuracy)."""
 
     def predict(

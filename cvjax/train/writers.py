@@ -118,7 +118,9 @@ class WeightsAndBiases:
             raise InputError("wandb is on, but not installed: pip install wandb") from error
         self._wandb = wandb
         name = Path(workdir).resolve().name
-        self._run = wandb.init(project="cvjax", dir=str(workdir), name=name, id=name, resume="allow")
+        self._run = wandb.init(
+            project="cvjax", dir=str(workdir), name=name, id=name, resume="allow"
+        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs scalars."""

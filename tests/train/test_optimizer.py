@@ -113,7 +113,7 @@ def test_every_optax_schedule_by_name(maker, fields):
 
 def test_schedules_count_updates_not_micro_batches():
     rate = functools.partial(optax.linear_schedule, init_value=1.0, end_value=0.0)
-    params, update = updates(Optimizer(optax.sgd, rate, accumulate=2), count=4, steps=4)
+    _, update = updates(Optimizer(optax.sgd, rate, accumulate=2), count=4, steps=4)
     np.testing.assert_allclose(update["head"]["bias"], -0.75, rtol=1e-6)
 
 

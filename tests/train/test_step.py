@@ -54,7 +54,9 @@ def test_every_shape_of_research_trains_through_the_one_step(task):
     assert int(state.step) == 60
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     if not isinstance(task, Adversarial):
-        assert np.mean([r["loss"] for r in rows[-5:]]) < 0.7 * np.mean([r["loss"] for r in rows[:5]])
+        assert np.mean([r["loss"] for r in rows[-5:]]) < 0.7 * np.mean(
+            [r["loss"] for r in rows[:5]]
+        )
 
 
 def test_each_group_moves_by_its_own_objectives_alone():
@@ -66,7 +68,9 @@ def test_each_group_moves_by_its_own_objectives_alone():
         assert any(
             (np.asarray(a) != np.asarray(b)).any()
             for a, b in zip(
-                jax.tree.leaves(after.params[moves]), jax.tree.leaves(state.params[moves]), strict=True
+                jax.tree.leaves(after.params[moves]),
+                jax.tree.leaves(state.params[moves]),
+                strict=True,
             )
         )
 
@@ -127,10 +131,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate, poi
 
 def test_randomness_is_the_seed_and_the_step_alone():
     task, batches = Regression(noise=1.0), [batch_of(0)] * 4
-    whole, rows = train(task, optax.sgd(0.0), batches)
+    _, rows = train(task, optax.sgd(0.0), batches)
     assert len({row["loss"] for row in rows}) == 4
     state, optimizers = start(task, optax.sgd(0.0))
-    _, metrics = jax.jit(make_train_step(task, optimizers))(state.replace(step=jnp.int32(2)), batches[0])
+    _, metrics = jax.jit(make_train_step(task, optimizers))(
+        state.replace(step=jnp.int32(2)), batches[0]
+    )
     assert float(metrics["loss"].compute()) == rows[2]["loss"]
 
 

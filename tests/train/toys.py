@@ -94,7 +94,10 @@ class Adversarial(Quiet):
         return self.discriminator.apply({"params": params["discriminator"]}, x)[:, 0]
 
     def critic_loss(self, params, state, batch, rng):
-        real, fake = self.critic(params, batch["y"]), self.critic(params, self.fake(params, batch, rng))
+        real, fake = (
+            self.critic(params, batch["y"]),
+            self.critic(params, self.fake(params, batch, rng)),
+        )
         losses = jax.nn.softplus(-real) + jax.nn.softplus(fake)
         return losses.mean(), (state.model_state, {"critic_loss": mean(losses)})
 

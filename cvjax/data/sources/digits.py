@@ -95,7 +95,7 @@ def _scikit(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Deals each class out in a seeded order: four fifths for train, the rest for test; shuffled."""
+    """Four fifths of each class, in a seeded order, are for train, the rest for test; shuffled."""
     rng = np.random.default_rng(0)
     chosen = []
     for label in np.unique(labels):

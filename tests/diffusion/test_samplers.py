@@ -1,0 +1,132 @@
+"""Samplers with the exact denoiser of a Gaussian mixture in place of a network."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.diffusion.process import FlowMatching, VariancePreserving, combine, uniform
+from cvjax.diffusion.samplers import ddim, dpm_solver_2m, example_keys, heun
+from cvjax.errors import InputError
+
+WEIGHTS = jnp.array([0.5, 0.3, 0.2])
+MEANS = jnp.array([[-1.0, 0.0], [0.8, 0.6], [0.5, -1.0]])
+COVARIANCES = jnp.array(
+    [[[0.04, 0.02], [0.02, 0.05]], [[0.02, 0.0], [0.0, 0.06]], [[0.03, -0.01], [-0.01, 0.03]]]
+)
+PROCESSES = {
+    "cosine-v": VariancePreserving("cosine"),
+    "linear-eps": VariancePreserving("linear", "eps", uniform),
+    "flow-velocity": FlowMatching(),
+}
+
+
+def responsibilities(x, alpha, sigma):
+    """p(component | x_t), [k], and the precision matrices of x_t in each, for one x [2]."""
+    precision = jnp.linalg.inv(alpha**2 * COVARIANCES + sigma**2 * jnp.eye(2))
+    away = x - alpha * MEANS
+    log_density = -jnp.einsum("ki,kij,kj->k", away, precision, away) / 2
+    log_density += jnp.log(WEIGHTS) + jnp.linalg.slogdet(precision)[1] / 2
+    return jax.nn.softmax(log_density), precision
+
+
+def exact(process):
+    """E[x_0 | x_t] of the mixture, as what the process predicts."""
+
+    def one(x, t):
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        weights, precision = responsibilities(x, alpha, sigma)
+        means = MEANS + alpha * jnp.einsum(
+            "kij,kjl,kl->ki", COVARIANCES, precision, x - alpha * MEANS
+        )
+        x0 = weights @ means
+        # Written out rather than through x_t - alpha x_0, which at small sigma is all rounding.
+        eps = sigma * jnp.einsum("k,kij,kj->i", weights, precision, x - alpha * MEANS)
+        return x0, eps
+
+    def denoise(x, t):
+        x0, eps = jax.vmap(one)(x, t)
+        return combine(process, process.prediction, x0, eps, t)
+
+    return denoise
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "process", "steps", "count"))
+def draw(sampler, process, steps, count, seed=0):
+    keys = example_keys(jax.random.key(seed), count)
+    return sampler(exact(process), process, keys, (2,), steps)
+
+
+ancestral = functools.partial(ddim, eta=1.0)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(
+    "sampler, steps", [(ddim, 200), (ancestral, 200), (heun, 100), (dpm_solver_2m, 100)]
+)
+def test_recovers_the_mixture(sampler, steps, process):
+    count = 20_000
+    x = draw(sampler, process, steps, count)
+    # The components are far apart: nearly every point belongs to one of them alone.
+    of, _ = jax.vmap(lambda x: responsibilities(x, 1.0, 0.0))(x)
+    found = jnp.mean(of, axis=0)
+    # 4 standard errors of a share of 20,000 draws, and 0.01 for the steps.
+    np.testing.assert_allclose(found, WEIGHTS, atol=4 * np.sqrt(0.25 / count) + 0.01)
+    means = (of.T @ x) / (count * found[:, None])
+    # 4 * sqrt(0.06 / 4,000) = 0.016 for the draws, and 0.01 for the steps.
+    np.testing.assert_allclose(means, MEANS, atol=0.026)
+    away = x[:, None] - means
+    covariances = jnp.einsum("nk,nki,nkj->kij", of, away, away) / (count * found)[:, None, None]
+    # 4 * 0.06 * sqrt(2 / 4,000) = 0.005 for the draws, and 0.004 for the steps and for the noise
+    # that is left at t = 0.
+    np.testing.assert_allclose(covariances, COVARIANCES, atol=0.009)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("sampler, order", [(ddim, 1), (heun, 2), (dpm_solver_2m, 2)])
+def test_order_of_convergence(sampler, order, process):
+    """Twice the steps, 2^order times less error: of the same noise, against a fine solution."""
+    reference = draw(heun, process, 2048, 256)
+    steps = np.array([32, 64, 128])
+    # The median over points: some few start on the border between two components.
+    errors = [
+        float(jnp.median(jnp.linalg.norm(draw(sampler, process, int(n), 256) - reference, axis=-1)))
+        for n in steps
+    ]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - order) < 0.35, (slope, errors)
+
+
+@pytest.mark.parametrize("sampler", [ddim, ancestral, heun, dpm_solver_2m])
+def test_an_image_depends_on_its_key_alone(sampler):
+    process = FlowMatching()
+    keys = example_keys(jax.random.key(3), 12)
+    sample = lambda keys: sampler(exact(process), process, keys, (2,), 8)  # noqa: E731
+    whole = sample(keys)
+    parts = [sample(example_keys(jax.random.key(3), n, first=k)) for k, n in ((0, 5), (5, 7))]
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, atol=1e-5)
+    assert len(np.unique(whole[:, 0])) == 12
+
+
+@pytest.mark.parametrize("sampler", [ddim, heun, dpm_solver_2m])
+def test_one_step_is_allowed_and_none_is_not(sampler):
+    assert jnp.all(jnp.isfinite(draw(sampler, FlowMatching(), 1, 4)))
+    with pytest.raises(InputError, match="steps is 0"):
+        draw(sampler, FlowMatching(), 0, 4)
+
+
+def test_eta_out_of_range():
+    with pytest.raises(InputError, match="eta is 1.5"):
+        draw(functools.partial(ddim, eta=1.5), FlowMatching(), 4, 4)
+
+
+def test_ddim_on_straight_lines_is_euler():
+    process, denoise = FlowMatching(), exact(FlowMatching())
+    keys = example_keys(jax.random.key(0), 16)
+    x = ddim(denoise, process, keys, (2,), 10)
+    y = process.sigma(1.0) * jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+    for i in range(10):
+        y = y - 0.1 * denoise(y, jnp.full(16, 1 - i / 10))
+    np.testing.assert_allclose(x, y, atol=1e-5)

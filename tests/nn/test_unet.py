@@ -1,0 +1,155 @@
+"""The U-Net: shapes at any size, gradients, dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.errors import InputError
+from cvjax.nn.attention import SelfAttention
+from cvjax.nn.embeddings import sinusoidal
+from cvjax.nn.unet import UNet, depth_to_space, space_to_depth
+
+SMALL = dict(num_classes=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_features=8)
+
+
+def inputs(height=8, width=8, channels=1, batch=2):
+    x = jax.random.normal(jax.random.key(0), (batch, height, width, channels))
+    return x, jnp.linspace(0.2, 0.9, batch), jnp.arange(batch)
+
+
+def random_params(network, *args):
+    """Parameters without the zeros of the beginning, which would hide what is behind them."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *args)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(
+        [0.2 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("size", [(28, 28), (27, 27), (13, 30), (5, 9), (1, 1)])
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2, 2)])
+def test_output_has_the_shape_of_the_input(size, multipliers):
+    network = UNet(**(SMALL | dict(multipliers=multipliers, blocks=2, attention=(0,))))
+    x, *rest = inputs(*size, channels=3)
+    shape, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, *rest)
+    assert shape.shape == x.shape and shape.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [(28, 28), (14, 30), (6, 2)])
+def test_patches_keep_the_shape(size):
+    x, *rest = inputs(*size, channels=3)
+    network = UNet(patch=2, **SMALL)
+    shape, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, *rest)
+    assert shape.shape == x.shape
+
+
+def test_size_that_is_no_multiple_of_the_patch_is_one_line():
+    with pytest.raises(InputError, match="27 x 28, patch is 2; .* multiples of 2"):
+        jax.eval_shape(UNet(patch=2, **SMALL).init, jax.random.key(0), *inputs(27, 28))
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(blocks=0), dict(patch=0), dict(multipliers=()), dict(attention=(2,))]
+)
+def test_impossible_fields(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        UNet(**(SMALL | wrong))
+
+
+def test_depth_and_space():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    y = space_to_depth(x, 2)
+    np.testing.assert_array_equal(y[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+    np.testing.assert_array_equal(depth_to_space(y, 2), x)
+
+
+def test_begins_as_zero():
+    network, args = UNet(**SMALL), inputs()
+    y, _ = jax.jit(network.init_with_output)(jax.random.key(0), *args)
+    np.testing.assert_array_equal(y, 0.0)
+
+
+def test_parameters_and_output_are_float32_under_bfloat16():
+    args = inputs()
+    params = jax.eval_shape(UNet(**SMALL, dtype=jnp.bfloat16).init, jax.random.key(0), *args)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    params = random_params(UNet(**SMALL), *args)
+    exact = jax.jit(UNet(**SMALL).apply)(params, *args)
+    half = jax.jit(UNet(**SMALL, dtype=jnp.bfloat16).apply)(params, *args)
+    assert half.dtype == jnp.float32
+    # bfloat16 keeps 8 bits; some 20 layers lose a few more.
+    assert jnp.linalg.norm(half - exact) < 0.1 * jnp.linalg.norm(exact)
+    assert jnp.any(half != exact)
+
+
+def test_remat_changes_no_gradient():
+    args = inputs()
+    params = random_params(UNet(**SMALL), *args)
+
+    def gradient(remat):
+        network = UNet(**SMALL, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.sum(network.apply(p, *args) ** 2)))(params)
+
+    assert jax.tree.structure(gradient(True)) == jax.tree.structure(gradient(False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
+        gradient(True),
+        gradient(False),
+    )
+
+
+def test_the_gradient_reaches_every_parameter_and_only_the_embeddings_of_labels_seen():
+    args = inputs()  # labels 0 and 1, of 3 classes and the null class
+    network = UNet(**SMALL)
+    params = random_params(network, *args)
+    loss = lambda p: jnp.sum(network.apply(p, *args) ** 2)  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(params)["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert jnp.linalg.norm(leaf) > 1e-6, jax.tree_util.keystr(path)
+    table = jnp.linalg.norm(gradient["class"]["table"]["embedding"], axis=-1)
+    np.testing.assert_array_equal(table > 0, [True, True, False, False])
+
+
+def test_rows_do_not_see_each_other():
+    x, t, label = inputs()
+    network = UNet(**SMALL)
+    params = random_params(network, x, t, label)
+    row = lambda x: jnp.sum(network.apply(params, x, t, label)[0])  # noqa: E731
+    gradient = jax.jit(jax.grad(row))(x)
+    assert jnp.all(gradient[0] != 0) and jnp.all(gradient[1] == 0)
+
+
+def test_label_out_of_range_is_not_silent():
+    network, args = UNet(**SMALL), inputs()
+    params = random_params(network, *args)
+    assert jnp.all(jnp.isnan(network.apply(params, *args[:2], jnp.array([4, 5]))))
+
+
+def test_times_are_told_apart():
+    code = sinusoidal(jnp.linspace(0.0, 1.0, 201), 32)
+    assert code.shape == (201, 32) and code.dtype == jnp.float32
+    distances = jnp.linalg.norm(code[:, None] - code[None], axis=-1)
+    assert jnp.min(distances + 10 * jnp.eye(201)) > 0.5
+
+
+def test_attention_against_a_slow_reference():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    attention = SelfAttention(heads=3)
+    params = random_params(attention, x)
+    weights = {name: np.asarray(p["kernel"]) for name, p in params["params"].items()}
+    biases = {name: np.asarray(p["bias"]) for name, p in params["params"].items()}
+    causal = np.tril(np.ones((1, 1, 5, 5), bool))
+    qkv = np.asarray(x) @ weights["query_key_value"] + biases["query_key_value"]
+    expected = np.zeros((2, 5, 12))
+    for b in range(2):
+        for head in range(3):
+            q, k, v = np.split(qkv[b, :, head * 12 : (head + 1) * 12], 3, axis=-1)
+            for i in range(5):
+                scores = np.exp(k[: i + 1] @ q[i] / 2.0)  # the square root of 4 channels
+                expected[b, i, head * 4 : head * 4 + 4] = scores @ v[: i + 1] / scores.sum()
+    expected = expected @ weights["output"] + biases["output"]
+    np.testing.assert_allclose(attention.apply(params, x, mask=causal), expected, atol=1e-5)
+    with pytest.raises(InputError, match="12 channels do not divide into 5 heads"):
+        SelfAttention(heads=5).init(jax.random.key(0), x)

@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cvjax.errors import InputError
+from cvjax.train.guards import NonFiniteError
+from cvjax.train.loop import evaluate, fit, load_state
+from cvjax.train.noop import NoOp
+from cvjax.train.optimizer import Optimizer
+from cvjax.train.restore import load_params
+from tests.train.toys import Adversarial, Linear, Network, Regression
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_fit_as_in_a_notebook():
+    result = fit(
+        Regression(), Linear(), steps=40, batch_size=16, optimizer=optax.adam(3e-2),
+        eval_data=Linear(20), log_every=10,
+    )  # fmt: skip
+    losses = [row["train/loss"] for row in result.history if "train/loss" in row]
+    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0]
+    assert result.history[-1]["step"] == 40 and result.history[-1]["eval/loss"] < losses[0]
+    assert int(result.state.step) == 40 and result.received is None
+
+
+def test_evaluation_is_exact_with_a_short_last_batch():
+    """21 examples in batches of 8: the mean over examples, not over batches."""
+    task = Regression()
+    state = fit(task, Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.0)).state
+    found, _ = evaluate(task, state, Linear(21), batch_size=8)
+    examples = [Linear(21)[i] for i in range(21)]
+    x, y = (np.stack([example[name] for example in examples]) for name in "xy")
+    outputs = task.model.apply({"params": state.params["model"]}, x)
+    np.testing.assert_allclose(found["loss"], np.mean(np.sum((outputs - y) ** 2, -1)), rtol=1e-5)
+
+
+class Count:
+    """Counts what is valid; a fresh copy at each evaluation."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def add(self, outputs, batch):
+        self.seen += int(batch["valid"].sum())
+
+    def result(self):
+        return {"seen": float(self.seen)}
+
+
+def test_evaluators_start_afresh():
+    result = fit(
+        Regression(), Linear(), steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2,
+        eval_data=Linear(21), evaluators={"count": Count()},
+    )  # fmt: skip
+    seen = [row["eval/count/seen"] for row in result.history if "eval/count/seen" in row]
+    assert seen == [21.0, 21.0]
+
+
+def test_two_optimizers_and_accumulation_count_updates():
+    optimizers = {
+        "generator": Optimizer(optax.adam, 1e-3, accumulate=2),
+        "discriminator": Optimizer(optax.adam, 1e-3, accumulate=2),
+    }
+    result = fit(Adversarial(), Linear(), steps=5, batch_size=8, optimizer=optimizers)
+    assert int(result.state.step) == 10
+    assert result.history[-1]["step"] == 5
+    assert "learning_rate/generator" in result.history[-1]
+
+
+def test_pmap_gives_what_jit_gives():
+    runs = [
+        fit(Regression(), Linear(), steps=10, batch_size=16, optimizer=optax.adam(1e-2), ema=0.9,
+            parallel=parallel).state
+        for parallel in ("jit", "pmap")
+    ]  # fmt: skip
+    # A mean of eight means against one mean: float32 rounding through ten steps of Adam.
+    for one, two in zip(leaves(runs[0].ema), leaves(runs[1].ema), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_resuming_is_the_same_as_not_stopping(tmp_path):
+    def run(workdir, steps):
+        return fit(
+            Regression(Network(batch_norm=True), noise=0.1), Linear(), steps=steps, batch_size=16,
+            optimizer=optax.adam(1e-2), ema=0.9, workdir=workdir, tensorboard=False,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole", 12)
+    run(tmp_path / "parts", 5)
+    parts = run(tmp_path / "parts", 12)
+    for one, two in zip(leaves(whole.state.params), leaves(parts.state.params), strict=True):
+        assert one.tobytes() == two.tobytes()
+    for one, two in zip(leaves(whole.state.ema), leaves(parts.state.ema), strict=True):
+        assert one.tobytes() == two.tobytes()
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
+    options = dict(batch_size=16, optimizer=optax.sgd(0.0), ema=0.9, tensorboard=False)
+    first = fit(Regression(), Linear(), steps=2, seed=1, workdir=tmp_path / "first", **options)
+    second = fit(
+        Regression(), Linear(), steps=1, seed=2, workdir=tmp_path / "second",
+        initialize=lambda params: load_params(params, path=tmp_path / "first"), **options,
+    )  # fmt: skip
+    for one, two in zip(leaves(first.state.params), leaves(second.state.params), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert [x.shape for x in leaves(second.state.ema)] == [x.shape for x in leaves(first.state.ema)]
+
+
+def test_loading_another_model_is_one_line(tmp_path):
+    options = dict(steps=1, batch_size=16, optimizer=optax.sgd(0.1))
+    fit(Regression(), Linear(), workdir=tmp_path, tensorboard=False, **options)
+    with pytest.raises(InputError, match="kernel"):
+        load_state(Regression(Network(width=9)), Linear(), tmp_path, **options)
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_state(Regression(), Linear(), tmp_path / "nowhere", **options)
+
+
+def test_a_step_of_ones_own():
+    def step(state, batch):
+        return state.replace(step=state.step + 2), {}
+
+    result = fit(Regression(), Linear(), steps=3, batch_size=8, optimizer=optax.sgd(1.0), step=step)
+    assert int(result.state.step) == 6
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run():
+    with pytest.raises(NonFiniteError, match="model/loss, model/gradient not finite at step 4"):
+        fit(Regression(noise=1e30), Linear(), steps=20, batch_size=8, optimizer=optax.sgd(0.1),
+            max_nonfinite=3)  # fmt: skip
+
+
+def test_the_noop_task_runs_the_data_alone(tmp_path, capfd):
+    result = fit(NoOp(), Linear(), steps=10, batch_size=8, workdir=tmp_path / "run", ema=0.9)
+    assert not (tmp_path / "run").exists()
+    assert {"examples_per_second", "waited_for_data"} <= set(result.history[-1])
+    assert "examples/s" in capfd.readouterr().err
+
+
+def test_what_cannot_be_saved_fails_before_the_first_step(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Broken(Regression):
+        def init(self, rng, batch):
+            params, _ = super().init(rng, batch)
+            return params, {"nothing": jax.numpy.zeros((0,))}
+
+    with pytest.raises(InputError, match="nothing"):
+        fit(Broken(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),
+            workdir=tmp_path / "run")  # fmt: skip
+    assert not (tmp_path / "run").exists()
