@@ -68,7 +68,7 @@ def test_drift_and_diffusion_move_the_marginals(process):
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
-@pytest.mark.parametrize("source, target", itertools.permutations(PARAMETERIZATIONS, 2))
+@pytest.mark.parametrize("source, target", list(itertools.permutations(PARAMETERIZATIONS, 2)))
 def test_round_trips(process, source, target):
     """There and back is the identity, at both ends of time too, for any value and any x."""
     t = jnp.array([0.0, 1e-4, 0.01, 0.3, 0.5, 0.7, 0.99, 0.9999, 1.0])
