@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1100
-    config.batch_size = 64
+    config.steps = 2600
+    config.batch_size = 32
     config.parallel = "jit"
-    config.log_every = 50
-    config.evaluate_every = 275
+    config.log_every = 100
+    config.evaluate_every = 650
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
@@ -58,7 +58,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         clip_norm=1.0,
         accumulate=1,
     )
-    config.ema = dict(network=dict(type="train.step.warmed_up_decay", decay=0.995))
+    config.ema = dict(network=dict(type="train.step.warmed_up_decay", decay=0.998))
 
     if tiny:
         config.steps, config.batch_size = 4, 16

@@ -17,7 +17,8 @@ from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 
-GROUPS = 8  # of channels that are normalized together, at most
+GROUPS = 8  # of channels, each normalized together: at most so many
+GROUP_SIZE = 4  # and at least so large: a channel alone would lose its mean
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -35,7 +36,7 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
 
 
 def _norm(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:
-    groups = math.gcd(GROUPS, x.shape[-1])
+    groups = math.gcd(GROUPS, max(1, x.shape[-1] // GROUP_SIZE), x.shape[-1])
     return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, name=name)(x)
 
 

@@ -52,7 +52,7 @@ def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, float]:
     result = {"judge accuracy on the held-out digits": found["accuracy"]}
 
     label = jnp.arange(500) % 10
-    sample = jax.jit(task.sample, static_argnames=("shape", "guidance", "first"))
+    sample = jax.jit(task.sample, static_argnames=("guidance", "first"))
 
     @jax.jit
     def named(image, label):
@@ -67,9 +67,8 @@ def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, float]:
         for first in range(0, 500, 100):
             part = label[first : first + 100]
             images = sample(
-                state.averaged_params, jax.random.key(seed), part, shape=(28, 28, 1),
-                guidance=guidance, first=first,
-            )  # fmt: skip
+                state.averaged_params, part, jax.random.key(seed), guidance=guidance, first=first
+            )
             agreed.append(np.asarray(named(images, part) == part))
         result[f"agreement at guidance {guidance:g}"] = float(np.concatenate(agreed).mean())
     return result

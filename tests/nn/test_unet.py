@@ -66,7 +66,7 @@ def test_depth_and_space():
 
 
 def test_begins_as_zero():
-    network, args = UNet(**SMALL), inputs()
+    network, args = UNet(**(SMALL | dict(multipliers=(1,), attention=()))), inputs()
     y, _ = jax.jit(network.init_with_output)(jax.random.key(0), *args)
     np.testing.assert_array_equal(y, 0.0)
 
@@ -92,11 +92,12 @@ def test_remat_changes_no_gradient():
         network = UNet(**SMALL, remat=remat)
         return jax.jit(jax.grad(lambda p: jnp.sum(network.apply(p, *args) ** 2)))(params)
 
-    assert jax.tree.structure(gradient(True)) == jax.tree.structure(gradient(False))
+    expected, found = gradient(False), gradient(True)
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
-        gradient(True),
-        gradient(False),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * largest),
+        found,
+        expected,
     )
 
 
@@ -107,7 +108,7 @@ def test_the_gradient_reaches_every_parameter_and_only_the_embeddings_of_labels_
     loss = lambda p: jnp.sum(network.apply(p, *args) ** 2)  # noqa: E731
     gradient = jax.jit(jax.grad(loss))(params)["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        assert jnp.linalg.norm(leaf) > 1e-6, jax.tree_util.keystr(path)
+        assert jnp.linalg.norm(leaf) > 1e-3, jax.tree_util.keystr(path)
     table = jnp.linalg.norm(gradient["class"]["table"]["embedding"], axis=-1)
     np.testing.assert_array_equal(table > 0, [True, True, False, False])
 

@@ -1,0 +1,244 @@
+"""The task: guidance, class dropout, padding, samples."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.diffusion.process import FlowMatching, VariancePreserving, logit_normal, uniform
+from cvjax.diffusion.samplers import ddim, dpm_solver_2m, heun
+from cvjax.diffusion.task import Diffusion
+from cvjax.errors import InputError
+from cvjax.nn.unet import UNet
+from cvjax.train.state import TrainState
+from cvjax.train.task import Task
+
+SHAPE = (8, 8, 1)
+CLASSES = 3
+
+
+class Constant(nn.Module):
+    """Predicts, at every pixel, a parameter of the class that it is told."""
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        values = self.param("values", nn.initializers.normal(), (CLASSES + 1,))
+        return jnp.broadcast_to(values[label][:, None, None, None], x.shape)
+
+
+class Linear(nn.Module):
+    """Small, but sees image, time and class."""
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        shift = nn.Embed(CLASSES + 1, 1)(label) + nn.Dense(1)(t[:, None])
+        return nn.Conv(1, (3, 3))(x) + shift[:, None, None, :]
+
+
+def task_of(network, **fields):
+    fields = dict(num_classes=CLASSES, image_shape=SHAPE, sample_steps=4) | fields
+    return Diffusion(network, **fields)
+
+
+def batch_of(size=8):
+    return {
+        "image": jax.random.uniform(jax.random.key(5), (size, *SHAPE)),
+        "label": jnp.arange(size) % CLASSES,
+        "valid": jnp.ones(size, bool),
+    }
+
+
+def start(task, batch):
+    params, model_state = task.init(jax.random.key(0), batch)
+    return params, TrainState(jnp.int32(0), jax.random.key(0), params, {}, model_state, {})
+
+
+def loss_and_gradient(task, params, state, batch, rng):
+    function = jax.jit(jax.value_and_grad(lambda p, b, r: task.loss(p, state, b, r), has_aux=True))
+    return function(params, batch, rng)
+
+
+def test_follows_the_protocol():
+    task = task_of(Linear())
+    assert isinstance(task, Task)
+    assert [group for group, _ in task.objectives] == ["network"]
+
+
+def test_invalid_rows_change_nothing():
+    task, batch = task_of(Linear(), sampler=ddim), batch_of()
+    params, state = start(task, batch)
+    valid = jnp.arange(8) % 3 != 1
+    spoiled = dict(
+        valid=valid,
+        image=jnp.where(valid[:, None, None, None], batch["image"], jnp.nan),
+        label=jnp.where(valid, batch["label"], 10**6),
+    )
+    clean = batch | dict(valid=valid)
+    rng = jax.random.key(1)
+    (value, (_, metrics)), gradient = loss_and_gradient(task, params, state, clean, rng)
+    (value2, (_, metrics2)), gradient2 = loss_and_gradient(task, params, state, spoiled, rng)
+    assert jnp.isfinite(value) and metrics["loss"].count == jnp.sum(valid)
+    held_out, held_out2 = (jax.jit(task.evaluate)(params, {}, b, rng) for b in (clean, spoiled))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (value, metrics, gradient, held_out),
+        (value2, metrics2, gradient2, held_out2),
+    )
+    samples = [jax.jit(task.predict)(params, {}, b, rng)["sample"][valid] for b in (clean, spoiled)]
+    np.testing.assert_array_equal(*samples)
+
+
+def test_no_valid_row_is_no_loss():
+    task, batch = task_of(Linear()), batch_of()
+    params, state = start(task, batch)
+    empty = batch | dict(valid=jnp.zeros(8, bool))
+    (value, _), gradient = loss_and_gradient(task, params, state, empty, jax.random.key(0))
+    assert value == 0 and all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_share_of_class_dropout(share):
+    """The gradient of a constant of each class counts how often the class was shown."""
+    task, batch = task_of(Constant(), class_dropout=share), batch_of(10_000)
+    batch["image"] = jnp.full_like(batch["image"], 0.5)  # a grey of 0, so the target is the noise
+    params, state = start(task, batch)
+    params = {"network": {"values": jnp.full(CLASSES + 1, 100.0)}}  # ... which it drowns
+    _, gradient = loss_and_gradient(task, params, state, batch, jax.random.key(0))
+    shown = gradient["network"]["values"] / (2 * 100.0)
+    # 4 standard errors of a share of 10,000.
+    np.testing.assert_allclose(shown[-1], share, atol=4 * np.sqrt(share * (1 - share) / 1e4))
+    np.testing.assert_allclose(shown[:-1], (1 - share) / CLASSES, atol=0.015)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("sampler", [ddim, heun, dpm_solver_2m])
+def test_guidance(guidance, sampler):
+    """A constant velocity moves the noise by itself: uncond + w (cond - uncond)."""
+    task, batch = task_of(Constant(), guidance=guidance, sampler=sampler), batch_of(6)
+    values = jnp.array([0.1, -0.2, 0.3, 0.05])
+    sample = lambda values: task.sample(  # noqa: E731
+        {"network": {"values": values}}, batch["label"], jax.random.key(0)
+    )
+    # Samples are clipped to [0, 1], so only a pixel in between tells.
+    moved, still = sample(values), sample(jnp.zeros(CLASSES + 1))
+    expected = values[-1] + guidance * (values[batch["label"]] - values[-1])
+    expected = jnp.broadcast_to(-expected[:, None, None, None] / 2, moved.shape)  # [-1,1] -> [0,1]
+    between = (moved > 0) & (moved < 1) & (still > 0) & (still < 1)
+    assert jnp.mean(between) > 0.3
+    np.testing.assert_allclose((moved - still)[between], expected[between], atol=1e-4)
+
+
+def test_guidance_of_one_is_a_single_pass():
+    task, batch = task_of(Linear()), batch_of(6)
+    params, _ = start(task, batch)
+    sizes = []
+
+    class Spy(Linear):
+        def __call__(self, x, t, label):
+            sizes.append(len(x))
+            return x
+
+    for guidance in (1.0, 2.0):
+        spied = dataclasses.replace(task, network=Spy())
+        jax.eval_shape(
+            lambda p, g=guidance, s=spied: s.sample(p, batch["label"], jax.random.key(0), g), params
+        )
+    assert set(sizes[: len(sizes) // 2]) == {6} and set(sizes[len(sizes) // 2 :]) == {12}
+
+
+def test_guidance_without_class_dropout_is_one_line():
+    with pytest.raises(InputError, match="guidance is 2.0.*class_dropout above 0"):
+        task_of(Linear(), guidance=2.0, class_dropout=0.0)
+    task, batch = task_of(Linear(), class_dropout=0.0), batch_of()
+    params, _ = start(task, batch)
+    with pytest.raises(InputError, match="guidance is 3.0"):
+        task.sample(params, batch["label"], jax.random.key(0), guidance=3.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(class_dropout=1.0), dict(sample_steps=0), dict(image_shape=(9, 9, 1))]
+)
+def test_impossible_fields(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        task_of(Linear(), **wrong).init(jax.random.key(0), batch_of())
+
+
+def test_classes_of_task_and_network_must_agree():
+    with pytest.raises(InputError, match="num_classes is 3, but that of the network is 10"):
+        task_of(UNet(num_classes=10))
+
+
+def test_without_classes_a_batch_needs_no_labels():
+    network = UNet(num_classes=0, width=8, multipliers=(1,), blocks=1, attention=())
+    task = task_of(network, num_classes=0)
+    batch = {key: value for key, value in batch_of().items() if key != "label"}
+    params, state = start(task, batch)
+    loss, _ = jax.jit(lambda p: task.loss(p, state, batch, jax.random.key(0)))(params)
+    assert jnp.isfinite(loss)
+    assert jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"].shape
+
+
+def test_samples_do_not_depend_on_how_the_batch_is_split():
+    task = task_of(UNet(CLASSES, width=8, multipliers=(1,), blocks=1, attention=(0,)), guidance=2.0)
+    labels = jnp.arange(7) % CLASSES
+    params, _ = start(task, batch_of())
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+    rng = jax.random.key(4)
+    sample = lambda labels, first: task.sample(params, labels, rng, first=first)  # noqa: E731
+    whole = sample(labels, 0)
+    parts = jnp.concatenate([sample(labels[:3], 0), sample(labels[3:], 3)])
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
+    assert jnp.min(whole) >= 0 and jnp.max(whole) <= 1
+    assert jnp.max(jnp.abs(whole[0] - whole[CLASSES])) > 0.1  # one class, another noise
+
+
+def test_predict_and_visualize():
+    task, batch = task_of(Linear()), batch_of()
+    params, _ = start(task, batch)
+    outputs = jax.jit(task.predict)(params, {}, batch, jax.random.key(0))
+    assert outputs["sample"].shape == (8, *SHAPE)
+    np.testing.assert_array_equal(outputs["label"], batch["label"])
+    pictures = [
+        jax.jit(task.visualize)(params, {}, batch, jax.random.key(seed))["samples"]
+        for seed in (0, 1)
+    ]
+    assert pictures[0].shape == (10 * 9 + 1, CLASSES * 9 + 1, 1)
+    np.testing.assert_array_equal(*pictures)  # the same noise at every evaluation
+    assert jnp.min(pictures[0]) >= 0 and jnp.max(pictures[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        FlowMatching(),
+        FlowMatching("x0", uniform),
+        VariancePreserving(),
+        VariancePreserving("linear", "eps", logit_normal),
+        VariancePreserving("linear", "score"),
+    ],
+)
+def test_loss_and_evaluate_under_every_process(process):
+    task, batch = task_of(Linear(), process=process), batch_of()
+    params, state = start(task, batch)
+    (value, _), gradient = loss_and_gradient(task, params, state, batch, jax.random.key(0))
+    held_out = jax.jit(task.evaluate)(params, {}, batch, jax.random.key(0))["loss"]
+    assert jnp.isfinite(value) and jnp.isfinite(held_out.compute())
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_times_of_evaluation_are_stratified():
+    seen = []
+
+    class Spy(nn.Module):
+        def __call__(self, x, t, label):
+            seen.append(t)
+            return x
+
+    task = task_of(Spy(), process=FlowMatching(times=uniform))
+    task.evaluate({"network": {}}, {}, batch_of(), jax.random.key(0))
+    np.testing.assert_allclose(seen[0], (np.arange(8) + 0.5) / 8, rtol=1e-6)
