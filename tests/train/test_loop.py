@@ -130,7 +130,7 @@ def test_a_step_of_ones_own():
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run():
-    with pytest.raises(NonFiniteError, match="model/loss, model/gradient not finite at step 4"):
+    with pytest.raises(NonFiniteError, match="model/gradient, model/loss not finite at step 4"):
         fit(
             Regression(Network(batch_norm=True), noise=1e30), Linear(), steps=20, batch_size=8,
             optimizer=optax.sgd(0.1), max_nonfinite=3,
