@@ -1,30 +1,28 @@
 """Flags -> config -> build -> fit.
 
 python main.py --config=configs/diffusion.py
-python main.py --config=configs/diffusion.py --config.seed=1 --workdir=runs/second
 python main.py --mode=evaluate --workdir=runs/diffusion
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import sys
 from pathlib import Path
 
 from cvjax import config as configs
 from cvjax.errors import InputError, nearest
-from cvjax.run import run
+from cvjax.run import default_workdir, run
 from cvjax.train.guards import NonFiniteError
+from cvjax.train.sharding import join_processes
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one recipe; returns the exit code: 0, 2 for bad input, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("cvjax").setLevel(logging.INFO)
     try:
         flags, changes = parse(arguments)
+        if flags.distributed:
+            join_processes()
         if flags.config is not None:
             config = configs.override(configs.read(flags.config), changes)
         elif flags.workdir is not None and flags.mode != "train":
@@ -49,9 +47,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     )
     parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<name>)")
     parser.add_argument("--mode", default="train", help="train, evaluate or predict")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags, others = parser.parse_known_args(arguments)
-    known = ("--config", "--config.<field>", "--workdir", "--mode", "--debug")
+    known = ("--config", "--config.<field>", "--workdir", "--mode", "--distributed", "--debug")
     changes = []
     for other in others:
         field, equals, text = other.partition("=")
@@ -67,13 +66,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     return flags, changes
 
 
-def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
-    """runs/<recipe>; with changes a name of its own, so that the same command resumes its run."""
-    name = config.replace(":", "-").replace(".py", "").rpartition("/")[2]
-    if changes:
-        name += "-" + hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:8]
-    return Path("runs") / name
-
-
 if __name__ == "__main__":
+    # Here, not in main(), and by force: an imported package may have set up logging before us.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("cvjax").setLevel(logging.INFO)
     sys.exit(main())

@@ -1,8 +1,11 @@
 """What main.py does with a config: build it and train, evaluate or predict."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +32,8 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     for name in data:
         if name not in DATA:
             raise InputError(f"config.data.{name}: no such field{nearest(name, DATA)}")
+    for name in ("train", "test"):
+        check_num_classes(plain.get("task", {}), data.get(name), f"config.data.{name}")
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
     if mode == "train":
@@ -61,6 +66,27 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
             draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0
     return _predict(task, state, data["test"], size, seed, workdir)
+
+
+def check_num_classes(task: Any, source: Any, where: str, path: str = "config.task") -> None:
+    """Raises InputError where a `num_classes` in the config is too small for a source's labels."""
+    classes = getattr(source, "class_names", None)
+    for name, value in task.items() if isinstance(task, Mapping) and classes else ():
+        # Zero classes mean that labels are not looked at.
+        if name == "num_classes" and value and value < len(classes):
+            raise InputError(
+                f"{path}.num_classes is {value}, but {where} has {len(classes)} classes; "
+                f"set --{path}.num_classes={len(classes)}"
+            )
+        check_num_classes(value, source, where, f"{path}.{name}")
+
+
+def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
+    """runs/<recipe>; with changes a name of its own, so that the same command resumes its run."""
+    name = config.replace(":", "-").replace(".py", "").rpartition("/")[2]
+    if changes:
+        name += "-" + hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:8]
+    return Path("runs") / name
 
 
 def _predict(task, state, source, batch_size: int, seed: int, workdir: Path) -> int:

@@ -67,6 +67,10 @@ BAD = {
     "halvings": (["--config.task.network.patch=3"], "multiples of 3"),
     "ema group": (["--config.ema.netwrok=0.9"], "did you mean network?"),
     "data field": (["--config.data.threds=3"], "did you mean threads?"),
+    "too few classes": (
+        [f"--config={ROOT}/configs/classification.py", "--config.task.model.num_classes=7"],
+        "config.task.model.num_classes is 7, but config.data.train has 10 classes"),
+    "alone": (["--distributed"], "leave the flag out"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
 }  # fmt: skip

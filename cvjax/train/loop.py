@@ -372,7 +372,7 @@ class _Evaluation:
         sums, pictures = [], {}
         for number, batch in enumerate(self.loader.iterate()):
             rng = jax.random.fold_in(self.rng, number)
-            on_device = sharding.put_batch(batch, self.mesh)
+            on_device = sharding.put_whole_batch(batch, self.mesh)
             sums.append(_pairs(self.evaluate(params, model_state, on_device, rng)))
             if evaluators:
                 outputs = jax.device_get(self.predict(params, model_state, on_device, rng))

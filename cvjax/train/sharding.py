@@ -12,6 +12,21 @@ from cvjax.train.state import PyTree, TrainState
 AXIS = "data"
 
 
+def join_processes() -> None:
+    """Makes this process one of those that train together; before anything else uses jax.
+
+    They find each other as `jax.distributed.initialize` does: on TPU pods, SLURM, Open MPI and
+    Kubernetes by themselves. Raises InputError where they do not.
+    """
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed: jax.distributed.initialize() found no other processes ({error}); "
+            "leave the flag out to train with this one"
+        ) from error
+
+
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of one axis, `data`, over `devices` (default: all of all processes).
 
@@ -43,6 +58,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The same, of a batch of which every process holds all rows (evaluation)."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows]), batch
+    )
 
 
 def jit_step(step: Callable, mesh: Mesh) -> Callable:

@@ -82,8 +82,8 @@ class TensorBoard:
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
         from tensorboardX import SummaryWriter
 
-        purge = resume_step + 1 if resume_step else None
-        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge)
+        # Purged: what an earlier process wrote of steps that will be taken again.
+        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds scalars."""

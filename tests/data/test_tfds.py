@@ -1,3 +1,4 @@
+import pathlib
 import pickle
 import sys
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main
 from cvjax.data.loader import Loader
 from cvjax.data.sources.tfds import Tfds
 from cvjax.errors import InputError
@@ -102,3 +104,33 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match=r"pip install 'cvjax\[tfds\]'"):
         Tfds("mnist")
+
+
+def test_mock_data():
+    """What TensorFlow Datasets offers for tests, random records, is a source as it is."""
+    with tfds.testing.mock_data(num_examples=7):
+        source = tfds.data_source("mnist:3.0.1")["train"]
+        batch = next(Loader(source, 4, seed=1).iterate())
+    assert len(source) == 7 and batch["image"].shape == (4, 28, 28, 1) and batch["valid"].all()
+    assert batch["image"].dtype == np.float32
+    assert batch["image"].min() >= 0 and batch["image"].max() <= 1
+
+
+def test_a_prepared_dataset_under_main(data_dir, tmp_path, capfd):
+    """Two classes of 4 x 5 colour pictures, by flags alone, trained and as data path."""
+    sets = [
+        flag
+        for name in ("train", "test")
+        for flag in (
+            f"--config.data.{name}.type=data.sources.tfds.Tfds",
+            f"--config.data.{name}.name=tiny_pictures",
+            f"--config.data.{name}.data_dir={data_dir}",
+            f"--config.data.{name}.split=train",
+        )
+    ]
+    config = pathlib.Path(__file__).parents[2] / "configs/classification.py"
+    flags = [f"--config={config}:tiny", f"--workdir={tmp_path / 'run'}", *sets]
+    assert main.main([*flags, "--config.task.type=train.noop.NoOp"]) == 0
+    assert "examples/s" in capfd.readouterr().err and not (tmp_path / "run").exists()
+    assert main.main([*flags, "--config.task.model.num_classes=2"]) == 0
+    assert (tmp_path / "run/metrics.jsonl").exists()
