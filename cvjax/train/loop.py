@@ -223,6 +223,7 @@ def fit(
                 if position % micro:
                     continue
                 update, ends = position // micro, position == total
+                progress.advance(update)
                 evaluating = ends or (evaluate_every and update % evaluate_every == 0)
                 if update % log_every == 0 or ends or evaluating:
                     while pending:
@@ -443,8 +444,7 @@ def _describe(task, state, example, mesh, resumed, workdir) -> None:
     """What a person wants to know before the first step."""
     if state.params:
         table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-        log.info("%s\n%s bytes of parameters", table, f"{size:,}")
+        log.info("%s", table)
     kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
     log.info("devices: %s", ", ".join(f"{n} x {kind}" for kind, n in kinds.items()))
     shapes = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in example.items())

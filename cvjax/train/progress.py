@@ -63,6 +63,11 @@ class Progress:
             "waited_for_data": share,
         }
 
+    def advance(self, step: int) -> None:
+        """Moves the bar; a log is not told of every step."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
     def show(self, step: int, row: Mapping[str, float], force: bool = False) -> None:
         """Shows a row of metrics."""
         metrics = {k: v for k, v in row.items() if "/" in k and not k.startswith("learning_rate")}
