@@ -31,7 +31,10 @@ log = logging.getLogger("cvjax")
 
 
 class Evaluator(Protocol):
-    """Needs the outputs for the whole set; must leave out examples that are not `valid`."""
+    """Needs the outputs for the whole set; must leave out examples that are not `valid`.
+
+    One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
+    """
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Takes what `task.predict` gave for a batch."""
@@ -384,6 +387,8 @@ class _Evaluation:
         found = _means(sums)
         for name, evaluator in evaluators.items():
             found |= {f"{name}/{metric}": value for metric, value in evaluator.result().items()}
+            if hasattr(evaluator, "pictures"):
+                pictures |= evaluator.pictures()
         return found, pictures
 
 

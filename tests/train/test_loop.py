@@ -52,6 +52,9 @@ class Count:
     def result(self):
         return {"seen": float(self.seen)}
 
+    def pictures(self):
+        return {"share": np.full((2, 2, 1), self.seen / 21)}
+
 
 def test_evaluators_start_afresh():
     result = fit(
@@ -60,6 +63,14 @@ def test_evaluators_start_afresh():
     )  # fmt: skip
     seen = [row["eval/count/seen"] for row in result.history if "eval/count/seen" in row]
     assert seen == [21.0, 21.0]
+
+
+def test_pictures_of_evaluators_stand_beside_those_of_the_task(tmp_path):
+    fit(
+        Regression(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),
+        eval_data=Linear(21), evaluators={"count": Count()}, workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert [path.name for path in (tmp_path / "run/pictures").iterdir()] == ["share_0000001.png"]
 
 
 def test_two_optimizers_and_accumulation_count_updates():

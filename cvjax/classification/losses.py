@@ -1,0 +1,114 @@
+"""Losses of a classifier: logits and targets, both [b, classes], to one number for each example.
+
+Targets of exclusive classes are distributions (one-hot, smoothed or mixed: rows sum to 1); those of
+labels that do not exclude each other are probabilities in [0, 1], each for itself. Everything is
+computed in float32. Settings are bound with `functools.partial`, or by a config.
+
+    y   targets            p   probabilities of the model
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def softmax_cross_entropy(
+    logits: jax.Array, targets: jax.Array, *, class_weights: Sequence[float] | None = None
+) -> jax.Array:
+    """-sum_c w_c y_c log p_c, [b]; the weights w [classes] are 1 when there are none.
+
+    The mean over a batch is that over its examples, not (as in torch) over their weights.
+    """
+    targets = _weighted(targets, class_weights)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def softmax_focal(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    gamma: float = 2.0,
+    class_weights: Sequence[float] | None = None,
+) -> jax.Array:
+    """-sum_c w_c y_c (1 - p_c)^gamma log p_c, [b]: what is learned already counts less.
+
+    T.-Y. Lin et al., Focal Loss (https://arxiv.org/abs/1708.02002), equation 4, for a softmax.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    targets = _weighted(targets, class_weights)
+    return -jnp.sum(targets * _power(-jnp.expm1(log_p), gamma) * log_p, axis=-1)
+
+
+def sigmoid_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    class_weights: Sequence[float] | None = None,
+    positive_weights: Sequence[float] | None = None,
+) -> jax.Array:
+    """Binary cross-entropy of every class for itself, mean over classes, [b].
+
+    -(1 / classes) sum_c w_c (v_c y_c log p_c + (1 - y_c) log(1 - p_c)), with the class weights w
+    and the positive weights v (1 when there are none); v > 1 raises recall, v < 1 precision.
+    """
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+    positive = _weighted(targets, positive_weights) * jax.nn.log_sigmoid(logits)
+    negative = (1 - targets) * jax.nn.log_sigmoid(-logits)
+    return -jnp.mean(_weighted(positive + negative, class_weights), axis=-1)
+
+
+def sigmoid_focal(
+    logits: jax.Array, targets: jax.Array, *, gamma: float = 2.0, alpha: float | None = None
+) -> jax.Array:
+    """The focal loss of every class for itself, mean over classes, [b].
+
+    `alpha` in [0, 1] weighs positive targets, 1 - alpha negative ones; None weighs neither
+    (T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5).
+    """
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+    losses = optax.sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
+    return jnp.mean(losses, axis=-1)
+
+
+def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[float, ...]:
+    """Weights for classes that have `counts` training examples: (1 - beta) / (1 - beta^n).
+
+    Scaled so that they sum to the number of classes; a class without examples gets weight 0.
+    beta = 0 weighs all alike, beta -> 1 by the inverse of the count. Y. Cui et al., Class-Balanced
+    Loss (https://arxiv.org/abs/1901.05555), equation 2. Raises ValueError for a beta outside
+    [0, 1) and where no class has an example.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; it must be in [0, 1)")
+    if not any(counts):
+        raise ValueError(f"counts are {tuple(counts)}; at least one class must have examples")
+    weights = [(1 - beta) / (1 - beta**n) if n else 0.0 for n in counts]
+    scale = sum(1 for n in counts if n) / sum(weights)
+    return tuple(weight * scale for weight in weights)
+
+
+def distillation(
+    logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """T^2 KL(teacher || student) of the distributions softened by the temperature T, [b].
+
+    The factor keeps the size of the gradient when T changes. G. Hinton et al., Distilling the
+    Knowledge in a Neural Network (https://arxiv.org/abs/1503.02531), section 2.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+
+
+def _weighted(values: jax.Array, weights: Sequence[float] | None) -> jax.Array:
+    values = values.astype(jnp.float32)
+    return values if weights is None else values * jnp.asarray(weights, jnp.float32)
+
+
+def _power(base: jax.Array, exponent: float) -> jax.Array:
+    """base ** exponent for a base >= 0, with a finite gradient at 0 also for exponents below 1."""
+    positive = base > 0
+    at_zero = 1.0 if exponent == 0 else 0.0
+    return jnp.where(positive, jnp.where(positive, base, 1.0) ** exponent, at_zero)

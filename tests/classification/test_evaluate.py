@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, confusion_matrix
+
+from cvjax.classification.evaluate import (
+    Calibration,
+    Confusion,
+    MeanAveragePrecision,
+    expected_calibration_error,
+    temperature,
+)
+
+rng = np.random.default_rng(0)
+LOGITS = rng.normal(0, 2, (50, 4))
+LABELS = rng.integers(0, 3, 50)  # class 3 never occurs
+IMAGES = rng.random((50, 6, 5, 3)).astype(np.float32)
+
+
+def batches(evaluator, size=16, labels=LABELS):
+    """The whole set, its last batch padded with what must not count."""
+    for first in range(0, 50, size):
+        rows = np.arange(first, first + size)
+        valid = rows < 50
+        rows = np.minimum(rows, 49)
+        logits = np.where(valid[:, None], LOGITS[rows], np.nan)
+        outputs = {"logits": logits, "probabilities": softmax(logits, -1)}
+        batch = {"label": labels[rows], "image": IMAGES[rows], "valid": valid}
+        evaluator.add(outputs, batch)
+    return evaluator
+
+
+def test_confusion_and_accuracy_of_classes():
+    evaluator = batches(Confusion())
+    prediction = LOGITS.argmax(-1)
+    np.testing.assert_array_equal(
+        evaluator.matrix, confusion_matrix(LABELS, prediction, labels=range(4))
+    )
+    found = evaluator.result()
+    # scikit-learn warns of class 3, which is predicted but never true; it is left out by both.
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        expected = balanced_accuracy_score(LABELS, prediction)
+    assert found["balanced_accuracy"] == pytest.approx(expected)
+    assert "accuracy/3" not in found
+    assert found["accuracy/1"] == pytest.approx(np.mean(prediction[LABELS == 1] == 1))
+
+
+def test_the_worst_mistakes_come_first():
+    evaluator = batches(Confusion(mistakes=3))
+    p = softmax(LOGITS, -1)
+    wrong = np.flatnonzero(p.argmax(-1) != LABELS)
+    worst = wrong[np.argsort(-p[wrong].max(-1))][:3]
+    picture = evaluator.pictures()["mistakes"]
+    assert picture.shape == (8, 3 * 6 + 1, 3)  # one row, a pixel of padding
+    for place, row in enumerate(worst):
+        np.testing.assert_array_equal(picture[1:7, 1 + 6 * place : 6 * place + 6], IMAGES[row])
+
+
+def test_without_mistakes_there_is_no_picture_of_them():
+    evaluator = batches(Confusion(), labels=LOGITS.argmax(-1))
+    assert set(evaluator.pictures()) == {"confusion"}
+    assert evaluator.result()["balanced_accuracy"] == 1
+
+
+@pytest.mark.parametrize("evaluator", [Confusion, Calibration, MeanAveragePrecision])
+def test_nothing_was_added(evaluator):
+    empty = evaluator()
+    assert empty.result() == {}
+    label = np.zeros((2, 3)) if evaluator is MeanAveragePrecision else np.zeros(2, int)
+    outputs = {"logits": np.zeros((2, 3)), "probabilities": np.full((2, 3), 1 / 3)}
+    empty.add(outputs, {"label": label, "image": IMAGES[:2], "valid": np.zeros(2, bool)})
+    assert empty.result() == {}
+
+
+def slow_ece(p, labels, bins):
+    total = 0.0
+    for i in range(bins):
+        low, high = i / bins, (i + 1) / bins
+        inside = [
+            n for n in range(len(p)) if low < p[n].max() <= high or (i == 0 and p[n].max() == 0)
+        ]
+        if inside:
+            accuracy = np.mean([p[n].argmax() == labels[n] for n in inside])
+            total += len(inside) / len(p) * abs(accuracy - np.mean([p[n].max() for n in inside]))
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_calibration_error(bins):
+    p = softmax(LOGITS, -1)
+    p[:3] = np.eye(4)[:3]  # sure: the last bin is closed above
+    assert expected_calibration_error(p, LABELS, bins) == pytest.approx(slow_ece(p, LABELS, bins))
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 7.0])
+def test_the_temperature_is_the_one_that_made_the_labels(scale):
+    """Labels drawn from softmax(logits): logits that are `scale` times too large need that T.
+
+    The fit on 200,000 examples has a standard error of about 0.3 %.
+    """
+    draws = np.random.default_rng(1)
+    logits = draws.normal(0, 2, (200_000, 3))
+    labels = (logits + draws.gumbel(size=logits.shape)).argmax(-1)
+    assert temperature(scale * logits, labels) == pytest.approx(scale, rel=0.02)
+
+
+def test_scaling_mends_what_is_overconfident():
+    found = batches(Calibration()).result()
+    assert found["temperature"] > 1  # the labels have nothing to do with the logits
+    assert found["ece_scaled"] < found["ece"]
+
+
+def test_mean_average_precision():
+    targets = (np.random.default_rng(2).random((50, 4)) < 0.3).astype(np.float32)
+    targets[:, 2] = 0
+    found = batches(MeanAveragePrecision(), labels=targets).result()
+    each = [average_precision_score(targets[:, i], LOGITS[:, i]) for i in (0, 1, 3)]
+    assert found["map"] == pytest.approx(np.mean(each))
