@@ -20,7 +20,7 @@ from cvjax.errors import InputError
 from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
-from cvjax.train.optimizer import optimizers_by_group
+from cvjax.train.optimizer import micro_batches, optimizers_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.state import Params, TrainState
 from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
@@ -138,8 +138,9 @@ def fit(
     workdir = Path(workdir) if workdir is not None else None
     is_primary = jax.process_index() == 0
 
+    micro, scanned = micro_batches(optimizer)
     train_loader = Loader(
-        data, batch_size, seed=seed, process_index=jax.process_index(),
+        data, batch_size * scanned, seed=seed, process_index=jax.process_index(),
         process_count=jax.process_count(),
         bad_examples=workdir / "bad_examples.jsonl" if workdir else None, **(loader or {}),
     )  # fmt: skip
@@ -148,9 +149,8 @@ def fit(
 
     rng = jax.random.key(seed)
     make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
-    micro = max((o.accumulate for o in _each(optimizer) if hasattr(o, "accumulate")), default=1)
     axis = sharding.AXIS if parallel == "pmap" else None
-    step = step or make_train_step(task, optimizers, averages, axis)
+    step = step or make_train_step(task, optimizers, averages, axis, scanned)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
 
     made_workdir = workdir is not None and not workdir.exists()
@@ -233,7 +233,7 @@ def fit(
                         collect()
                     row = {f"train/{name}": value for name, value in _means(window).items()}
                     row |= {name: float(rate(update)) for name, rate in rates.items()}
-                    row |= progress.measure(update, batch_size * micro)
+                    row |= progress.measure(update, batch_size * micro * scanned)
                     window.clear()
                     progress.show(update, row)
                     _record(writer, history, update, row)
@@ -430,10 +430,6 @@ def _timed(batches: Iterator, progress: Progress) -> Iterator:
         batch = next(batches)
         progress.waited += time.perf_counter() - began
         yield batch
-
-
-def _each(optimizer: Any) -> list[Any]:
-    return list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
 
 
 def _schedules(optimizer: Any, steps: int) -> dict[str, Callable[[int], float]]:

@@ -36,7 +36,9 @@ class Optimizer:
       weight_decay: rules with the decay of each parameter, decoupled from the gradient: each
         update also subtracts learning_rate * decay * parameter (Loshchilov and Hutter 2019).
       freeze: rules with True where a parameter shall not change.
-      accumulate: micro-batches whose mean gradient makes one update (`optax.MultiSteps`).
+      accumulate: micro-batches whose mean gradient makes one update.
+      accumulate_how: "multi_steps" (`optax.MultiSteps`: each micro-batch is a step) or "scan" (all
+        are one step, which loops over them: see `experiments/gradient_accumulation`).
     """
 
     transform: Callable[..., GradientTransformation] = optax.adamw
@@ -46,10 +48,16 @@ class Optimizer:
     weight_decay: Rules | None = None
     freeze: Rules | None = None
     accumulate: int = 1
+    accumulate_how: str = "multi_steps"
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise InputError(f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
+        if self.accumulate_how not in ("multi_steps", "scan"):
+            raise InputError(
+                f"optimizer.accumulate_how is {self.accumulate_how!r}; it can be 'multi_steps' or "
+                "'scan'"
+            )
         if self.warmup_steps < 0:
             raise InputError(
                 f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative"
@@ -94,7 +102,7 @@ class Optimizer:
             )
             parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
             optimizer = optax.partition(parts, labels)
-        if self.accumulate > 1:
+        if self.accumulate > 1 and self.accumulate_how == "multi_steps":
             optimizer = optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
         return optimizer
 
@@ -152,6 +160,23 @@ def optimizers_by_group(
             )
         built[group] = one
     return built
+
+
+def micro_batches(optimizer: Any) -> tuple[int, int]:
+    """(steps that make an update, micro-batches within one step) of what `fit` is given.
+
+    Raises InputError when groups disagree where they cannot.
+    """
+    optimizers = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]
+    ours = [one for one in optimizers if isinstance(one, Optimizer)]
+    steps = {one.accumulate for one in ours if one.accumulate_how == "multi_steps"} - {1}
+    scanned = {one.accumulate for one in ours if one.accumulate_how == "scan"} - {1}
+    if len(scanned) > 1 or (scanned and len(ours) > 1 and steps):
+        raise InputError(
+            "optimizer: with accumulate_how='scan' all groups must have the same accumulate, found "
+            f"{', '.join(str(one.accumulate) for one in ours)}"
+        )
+    return max(steps, default=1), max(scanned, default=1)
 
 
 def _complete(rate: Callable, steps: int) -> Schedule:

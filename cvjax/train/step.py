@@ -10,7 +10,7 @@ from optax import GradientTransformation
 
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Task, mean
+from cvjax.train.task import Batch, Loss, Metrics, Task, mean
 
 Decay = float | Callable[[jax.Array], jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -44,6 +44,7 @@ def make_train_step(
     optimizers: Mapping[str, GradientTransformation],
     ema: Mapping[str, Decay] | None = None,
     axis_name: str | None = None,
+    micro_batches: int = 1,
 ) -> TrainStep:
     """Returns the pure `train_step(state, batch) -> (state, metrics)`; nothing is compiled yet.
 
@@ -55,6 +56,11 @@ def make_train_step(
     With `axis_name` the step runs inside `pmap`: gradients, batch statistics and metrics are
     averaged over that axis, and each device draws its own random numbers. Under `jit` nothing of
     the kind is needed: the batch is global.
+
+    With `micro_batches` each gradient is taken of that many parts of the batch, one after another,
+    and averaged with the numbers of valid examples as weights: that of the whole batch, if a loss
+    is a mean over the valid examples, for the memory of one part. Batch statistics are taken of
+    each part in turn.
     """
     ema = ema or {}
 
@@ -67,12 +73,10 @@ def make_train_step(
         for number, (group, loss) in enumerate(task.objectives):
             key = jax.random.fold_in(rng, number)
 
-            def loss_of_group(part: PyTree, new=new, group=group, loss=loss, key=key):
-                return loss({**new.params, group: part}, new, batch, key)
-
-            (value, (model_state, reported)), gradient = jax.value_and_grad(
-                loss_of_group, has_aux=True
-            )(new.params[group])
+            take_gradient = _gradient if micro_batches == 1 else _gradient_by_parts
+            (value, (model_state, reported)), gradient = take_gradient(
+                loss, group, new, batch, key, micro_batches
+            )
             if axis_name:
                 value, gradient, model_state = _mean_over(axis_name, (value, gradient, model_state))
                 reported = jax.lax.psum(reported, axis_name)
@@ -116,6 +120,50 @@ def make_train_step(
         return kept.replace(rng=state.rng, step=state.step + 1), metrics
 
     return train_step
+
+
+def _gradient(
+    loss: Loss, group: str, state: TrainState, batch: Batch, rng: jax.Array, _: int = 1
+) -> tuple[tuple[jax.Array, tuple[PyTree, Metrics]], PyTree]:
+    """((loss, (model_state, metrics)), gradient with respect to the parameters of the group)."""
+
+    def loss_of_group(part: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        return loss({**state.params, group: part}, state, batch, rng)
+
+    return jax.value_and_grad(loss_of_group, has_aux=True)(state.params[group])
+
+
+def _gradient_by_parts(
+    loss: Loss, group: str, state: TrainState, batch: Batch, rng: jax.Array, parts: int
+) -> tuple[tuple[jax.Array, tuple[PyTree, Metrics]], PyTree]:
+    """The same by `lax.scan` over parts of the batch."""
+
+    # Part i has the rows i, i + parts, ...: of every device's rows the same number.
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def one(model_state: PyTree, number: jax.Array, part: Batch) -> tuple[PyTree, PyTree, PyTree]:
+        (value, (model_state, metrics)), gradient = _gradient(
+            loss, group, state.replace(model_state=model_state), part,
+            jax.random.fold_in(rng, number),
+        )  # fmt: skip
+        weight = jnp.sum(part["valid"]).astype(jnp.float32)
+        sums = jax.tree.map(lambda x: (weight * x).astype(x.dtype), (value, gradient))
+        return model_state, metrics, (weight, sums)
+
+    def add(carry: PyTree, numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
+        model_state, *before = carry
+        model_state, *now = one(model_state, *numbered)
+        return (model_state, *jax.tree.map(jnp.add, before, now)), None
+
+    pieces = jnp.arange(parts), jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(one, state.model_state, *jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:])
+    (model_state, metrics, (weight, sums)), _ = jax.lax.scan(
+        add, (state.model_state, *zeros), pieces
+    )
+    value, gradient = jax.tree.map(lambda x: (x / jnp.maximum(weight, 1)).astype(x.dtype), sums)
+    return (value, (model_state, metrics)), gradient
 
 
 def warmed_up_decay(step: jax.Array, *, decay: float) -> jax.Array:

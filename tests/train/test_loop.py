@@ -84,6 +84,24 @@ def test_two_optimizers_and_accumulation_count_updates():
     assert "learning_rate/generator" in result.history[-1]
 
 
+def test_accumulation_by_scan_takes_the_same_updates():
+    """4 micro-batches of 8: as steps of their own, and looped over within one step."""
+    results = [
+        fit(
+            Regression(), Linear(), steps=5, batch_size=8, log_every=1,
+            optimizer=Optimizer(optax.adam, 1e-2, accumulate=4, accumulate_how=how),
+        )
+        for how in ("multi_steps", "scan")
+    ]  # fmt: skip
+    assert [int(result.state.step) for result in results] == [20, 5]
+    for one, two in zip(
+        leaves(results[0].state.params), leaves(results[1].state.params), strict=True
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+    losses = [[row["train/loss"] for row in result.history] for result in results]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_pmap_gives_what_jit_gives():
     runs = [
         fit(Regression(), Linear(), steps=10, batch_size=16, optimizer=optax.adam(1e-2), ema=0.9,

@@ -15,6 +15,7 @@ from tests.train.toys import (
     MetaLearning,
     Network,
     Regression,
+    Valid,
     batch_of,
 )
 
@@ -90,6 +91,55 @@ def test_four_micro_batches_are_one_batch_of_four_times_the_size():
     at_once, _ = train(Regression(), make(1), [large])
     # The sums run in another order: float32 rounding, enlarged by Adam's division.
     assert_close(accumulated.params, at_once.params, rtol=2e-5, atol=2e-6)
+
+
+def ragged(batch, count):
+    """Only the first `count` rows are valid; the others are NaN."""
+    valid = np.arange(len(batch["valid"])) < count
+    row = valid[:, None]
+    return {"x": np.where(row, batch["x"], 0), "y": np.where(row, batch["y"], 0), "valid": valid}
+
+
+@pytest.mark.parametrize("count", [32, 13, 1, 0])
+def test_parts_in_one_step_are_the_whole_batch(count):
+    """Also with parts that have few valid examples, or none. Float32 sums in another order."""
+    task, optimizer = Valid(), optax.sgd(0.1, momentum=0.9)
+    batches = [ragged(batch_of(i, 32), count) for i in range(3)]
+    states, rows = [], []
+    for parts in (1, 4):
+        state, optimizers = start(task, optimizer)
+        step = jax.jit(make_train_step(task, optimizers, micro_batches=parts))
+        for batch in batches:
+            state, metrics = step(state, batch)
+        states.append(state.params), rows.append(metrics["loss"])
+    assert_close(*states, rtol=1e-5, atol=1e-6)
+    assert float(rows[0].count) == float(rows[1].count) == count
+    np.testing.assert_allclose(rows[0].total, rows[1].total, rtol=1e-5)
+
+
+def test_parts_on_eight_devices_and_through_pmap():
+    task, batches = Valid(), [batch_of(i, 64) for i in range(3)]
+    whole, _ = train(task, optax.adam(1e-2), batches)
+    for name, maker in ((None, sharding.jit_step), ("data", sharding.pmap_step)):
+        state, optimizers = start(task, optax.adam(1e-2))
+        step = maker(make_train_step(task, optimizers, {}, name, 4), sharding.data_mesh())
+        state = jax.device_put(state, sharding.replicated(sharding.data_mesh()))
+        for batch in batches:
+            state, _ = step(state, sharding.put_batch(batch, sharding.data_mesh()))
+        assert_close(state.params, whole.params, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_pass_through_the_parts():
+    """Four parts move the running mean four times, each towards its own mean."""
+    task = Regression(Network(batch_norm=True))
+    state, optimizers = start(task, optax.sgd(0.0))
+    batch = batch_of(0, 32)
+    after, _ = jax.jit(make_train_step(task, optimizers, micro_batches=4))(state, batch)
+    one_by_one = state
+    step = jax.jit(make_train_step(task, optimizers))
+    for i in range(4):
+        one_by_one, _ = step(one_by_one, {name: x[i::4] for name, x in batch.items()})
+    assert_close(after.model_state, one_by_one.model_state, rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_moves_only_with_real_updates_and_starts_as_a_copy():

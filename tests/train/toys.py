@@ -68,6 +68,16 @@ class Regression(Quiet):
 
 
 @dataclass(frozen=True)
+class Valid(Regression):
+    """The same with a loss that may meet no valid example at all."""
+
+    def loss(self, params, state, batch, rng):
+        outputs = self.model.apply({"params": params["model"]}, batch["x"])
+        errors = mean(jnp.sum((outputs - batch["y"]) ** 2, -1), batch["valid"])
+        return errors.total / jnp.maximum(errors.count, 1), (state.model_state, {"loss": errors})
+
+
+@dataclass(frozen=True)
 class Adversarial(Quiet):
     """GAN-shaped: two groups, two critic steps before each generator step."""
 
