@@ -40,6 +40,7 @@ def random_crop(
     check_count(0, padding=padding)
     if isinstance(fill, str) and fill != "reflect":
         raise InputError(f"fill={fill!r} must be a number or 'reflect'")
+    images = jnp.asarray(images)
     batch, height, width, _ = images.shape
     move = jax.random.randint(rng, (2, batch, 1), -padding, padding + 1)
     rows, columns = jnp.arange(height) + move[0], jnp.arange(width) + move[1]

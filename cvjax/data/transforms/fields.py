@@ -279,7 +279,8 @@ def warp(
         [[0, 0, 1], [old_width, 0, 1], [0, old_height, 1], [old_width, old_height, 1]]
     )
     depth = corners @ matrix[2]
-    if not np.linalg.matrix_rank(matrix) == 3 or depth.min() * depth.max() <= 0:
+    is_regular = np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-12
+    if not is_regular or depth.min() * depth.max() <= 0:
         raise InputError(f"the matrix {matrix.tolist()} does not map the image one to one")
     # OpenCV counts from the centre of the first pixel, and wants the way from new to old.
     to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])

@@ -37,9 +37,12 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """
     if sigma <= 0:
         return image
-    side = 2 * math.ceil(4 * sigma) + 1
-    blurred = cv2.GaussianBlur(
-        np.ascontiguousarray(image), (side, side), sigma, borderType=cv2.BORDER_REFLECT_101
+    reach = math.ceil(4 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    # cv2.GaussianBlur would round the weights to 8 bits.
+    blurred = cv2.sepFilter2D(
+        np.ascontiguousarray(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101
     )
     return blurred.reshape(image.shape)
 

@@ -49,11 +49,11 @@ def random_quarter_turn(example: Example, rng: np.random.Generator) -> Example:
 def center_crop(
     example: Example, rng: np.random.Generator, *, size: Size, fill: Fill | str = 0
 ) -> Example:
-    """Cuts out the middle, rounded up and left; what is larger than the image becomes `fill`."""
-    height, width = height_and_width(size)
-    old_height, old_width = fields.image_of(example).shape[:2]
-    top, left = (old_height - height) // 2, (old_width - width) // 2
-    return fields.crop(example, top, left, height, width, fill)
+    """Cuts out the middle, rounded as in torchvision; beyond the image is `fill`."""
+    new = height_and_width(size)
+    slack = [a - b for a, b in zip(fields.image_of(example).shape[:2], new, strict=True)]
+    top, left = (round(s / 2) if s > 0 else -(-s // 2) for s in slack)
+    return fields.crop(example, top, left, *new, fill)
 
 
 def random_crop(
@@ -103,13 +103,16 @@ def resize_shorter(
     interpolation: str = "bilinear",
     antialias: bool = True,
 ) -> Example:
-    """Makes the shorter side `size` pixels, or less where the other would be above `longest`."""
+    """Makes the shorter side `size` pixels, or less where the other would be above `longest`.
+
+    The other keeps the proportion, and fractions of a pixel are cut off, as in torchvision.
+    """
     check_count(1, size=size, longest=1 if longest is None else longest)
     height, width = fields.image_of(example).shape[:2]
-    factor = size / min(height, width)
-    if longest is not None:
-        factor = min(factor, longest / max(height, width))
-    new = max(1, round(height * factor)), max(1, round(width * factor))
+    shorter, longer = size, size * max(height, width) // min(height, width)
+    if longest is not None and longer > longest:
+        shorter, longer = max(1, longest * shorter // longer), longest
+    new = (shorter, longer) if height <= width else (longer, shorter)
     return fields.resize(example, new, interpolation=interpolation, antialias=antialias)
 
 

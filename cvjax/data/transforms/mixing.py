@@ -34,7 +34,7 @@ class Mixed(NamedTuple):
         What is not valid keeps its target.
         """
         share = self.share[:, None]
-        return share * targets + (1 - share) * targets[self.partner]
+        return share * targets + (1 - share) * jnp.asarray(targets)[self.partner]
 
 
 def mixup(
@@ -51,6 +51,7 @@ def mixup(
         alpha: the share is from Beta(alpha, alpha).
     """
     check_between(1e-3, 1e3, alpha=alpha)
+    images = jnp.asarray(images)
     order, weight = jax.random.split(rng)
     partner = _partners(order, images, valid)
     share = jax.random.beta(weight, alpha, alpha, (len(images),))
@@ -74,6 +75,7 @@ def cutmix(
         alpha: the share before the rectangle is clipped is from Beta(alpha, alpha).
     """
     check_between(1e-3, 1e3, alpha=alpha)
+    images = jnp.asarray(images)
     batch, height, width, _ = images.shape
     order, weight, row, column = jax.random.split(rng, 4)
     partner = _partners(order, images, valid)
