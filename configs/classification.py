@@ -24,7 +24,10 @@ def get_config(tiny: bool = False) -> ConfigDict:
         test=dict(type="data.sources.digits.Digits", split="test"),
         transforms=dict(
             affine=dict(
-                type="data.transforms.random_affine", degrees=15.0, scale=(0.9, 1.1), pixels=2.0
+                type="data.transforms.geometry.random_affine",
+                degrees=15.0,
+                scale=(0.9, 1.1),
+                pixels=2.0,
             ),
         ),
         threads=0,

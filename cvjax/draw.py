@@ -1,4 +1,4 @@
-"""Arrays -> pictures: grids of images, PNG files and curves.
+"""Arrays -> pictures: grids of images, what is known of them drawn over them, PNG files, curves.
 
 An image is float [height, width, channels] in [0, 1] with 1 (grey) or 3 (red, green, blue)
 channels. Files are written beside their place and renamed: who reads one never sees half of it.
@@ -17,6 +17,17 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 Series = tuple[ArrayLike, ArrayLike]
+
+# Ten colours that are easy to tell apart (matplotlib's tab10), in [0, 1].
+PALETTE = (
+    np.array(
+        [
+            [31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189],
+            [140, 86, 75], [227, 119, 194], [127, 127, 127], [188, 189, 34], [23, 190, 207],
+        ],
+        np.float32,
+    ) / 255
+)  # fmt: skip
 
 
 def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | np.ndarray:
@@ -46,6 +57,65 @@ def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | 
     picture = images.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     picture = picture.reshape(rows * height, columns * width, channels)
     return xp.pad(picture, ((0, padding), (0, padding), (0, 0)))
+
+
+def boxes(
+    image: ArrayLike, boxes: ArrayLike, labels: ArrayLike | None = None, width: int = 1
+) -> np.ndarray:
+    """Draws boxes [n, 4], x1 y1 x2 y2 in pixels, into a copy of an image; returns [h, w, 3].
+
+    Coordinates are continuous: the box (0, 0, w, h) is framed by the outermost pixels. The lines,
+    `width` pixels wide, lie inside; what is outside the image is not drawn. `labels`, integers [n],
+    choose the colours from `PALETTE`; else each box has its own.
+    """
+    picture = _colored(image)
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    rows, columns = np.ogrid[: picture.shape[0], : picture.shape[1]]
+    for box, color in zip(boxes, _colors(len(boxes), labels), strict=True):
+        x1, y1, x2, y2 = np.rint(box)
+        x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
+        is_box = (x1 <= columns) & (columns < x2) & (y1 <= rows) & (rows < y2)
+        is_inner = (x1 + width <= columns) & (columns < x2 - width)
+        is_inner = is_inner & (y1 + width <= rows) & (rows < y2 - width)
+        picture[is_box & ~is_inner] = color
+    return picture
+
+
+def masks(
+    image: ArrayLike, masks: ArrayLike, labels: ArrayLike | None = None, opacity: float = 0.5
+) -> np.ndarray:
+    """Blends masks, bool [n, h, w], over a copy of an image, later ones on top; returns [h, w, 3].
+
+    `labels` choose the colours, as in `boxes`. The colours of a map of classes are drawn by
+    `masks(image, classes == np.arange(n)[:, None, None])`.
+    """
+    picture = _colored(image)
+    masks = np.asarray(masks, bool).reshape(-1, *picture.shape[:2])
+    for mask, color in zip(masks, _colors(len(masks), labels), strict=True):
+        picture[mask] = (1 - opacity) * picture[mask] + opacity * color
+    return picture
+
+
+def points(
+    image: ArrayLike, points: ArrayLike, labels: ArrayLike | None = None, width: int = 3
+) -> np.ndarray:
+    """Draws points [n, 2], x and y in pixels, as squares into a copy of an image: [h, w, 3]."""
+    corner = np.asarray(points, np.float64).reshape(-1, 2) - width / 2
+    squares = np.concatenate([corner, corner + width], axis=1)
+    return boxes(image, squares, labels, width=width)
+
+
+def _colored(image: ArrayLike) -> np.ndarray:
+    """Returns a float32 copy [h, w, 3] of an image with 1 or 3 channels."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(f"the image has shape {image.shape}; it must be [height, width, 1 or 3]")
+    _check_range(image)
+    return np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
+
+
+def _colors(count: int, labels: ArrayLike | None) -> np.ndarray:
+    return PALETTE[np.asarray(range(count) if labels is None else labels, int) % len(PALETTE)]
 
 
 def save_png(path: str | os.PathLike, image: ArrayLike) -> None:

@@ -108,3 +108,39 @@ def test_the_moving_average_keeps_a_constant_and_skips_what_is_not_finite():
     values = np.full(200, 3.0)
     values[[0, 50, 199]] = np.nan
     np.testing.assert_allclose(draw._moving_average(values), 3.0)
+
+
+def test_boxes_are_framed_inside_and_cut_at_the_edge():
+    image = np.zeros((8, 10, 1), np.float32)
+    drawn = draw.boxes(image, [[0, 0, 10, 8], [2, 2, 5, 6], [7, -3, 30, 3]], labels=[1, 2, 2])
+    assert drawn.shape == (8, 10, 3) and not image.any()
+    expected = np.zeros((8, 10), int)
+    expected[[0, -1]] = expected[:, [0, -1]] = 1
+    expected[2:6, 2:5] = 2
+    expected[3:5, 3:4] = 0
+    expected[:3, 7] = expected[2, 7:] = 2
+    colors = np.concatenate([[[0, 0, 0]], draw.PALETTE[1:3]]).astype(np.float32)
+    np.testing.assert_allclose(drawn, colors[expected])
+    np.testing.assert_array_equal(draw.boxes(image, np.zeros((0, 4))), np.zeros((8, 10, 3)))
+    thick = draw.boxes(image, [[1, 1, 7, 7]], width=2)[..., 0] > 0
+    assert thick.sum() == 32 and not thick[3:5, 3:5].any()
+    assert (draw.boxes(image, [[3, 3, 3, 3]])[3, 3] > 0).any()  # no size is still a dot
+
+
+def test_masks_are_blended_and_points_are_squares():
+    image = np.full((6, 7, 3), 0.4, np.float32)
+    mask = np.zeros((2, 6, 7), bool)
+    mask[0, :3], mask[1, 2:, 1:] = True, True
+    drawn = draw.masks(image, mask[:1], opacity=0.25)
+    np.testing.assert_allclose(drawn[:3], np.broadcast_to(0.3 + 0.25 * draw.PALETTE[0], (3, 7, 3)))
+    np.testing.assert_array_equal(drawn[3:], image[3:])
+    both = draw.masks(image, mask, opacity=1.0)
+    np.testing.assert_allclose(both[2, 1], draw.PALETTE[1])
+    np.testing.assert_array_equal(draw.masks(image, np.zeros((0, 6, 7), bool)), image)
+    dots = draw.points(image, [[2.5, 1.5], [-9, -9]], labels=[3, 0])
+    is_dot = (dots == draw.PALETTE[3]).all(axis=-1)
+    np.testing.assert_array_equal(
+        np.argwhere(is_dot), [(r, c) for r in range(3) for c in (1, 2, 3)]
+    )
+    with pytest.raises(ValueError, match="range|expected"):
+        draw.boxes(image * 255, [[0, 0, 1, 1]])

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import grain
@@ -22,10 +22,10 @@ from absl import flags
 
 from cvjax.data.resilient import BadExample, Budget, Reader
 from cvjax.data.sources import Example, Source, example_id
+from cvjax.data.transforms import Transform
 from cvjax.errors import InputError, nearest
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[[Example, np.random.Generator], Example]
 
 _running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
 
@@ -42,7 +42,8 @@ class Loader:
 
     A batch has every field of the records, stacked to [batch, ...], and `valid`, bool [batch]:
     False for the padding of the last batch and for an example that stands in for a bad one. The
-    field `image` is float32: uint8 images are divided by 255, float images stay as they are.
+    field `image`, and each whose name begins with `image_`, is float32 if it was uint8, divided by
+    255; float images stay as they are.
 
     Args:
         source: the records (see `cvjax.data.sources`).
@@ -270,8 +271,10 @@ def _stack(names: Sequence[str], examples: Sequence[Example]) -> Batch:
                     "image_size=, or add a transform that resizes"
                 )
         batch[field] = np.stack(column)
-    if "image" in batch and batch["image"].dtype == np.uint8:
-        batch["image"] = np.divide(batch["image"], np.float32(255), dtype=np.float32)
+    for field, value in batch.items():
+        is_image = field == "image" or field.startswith("image_")
+        if is_image and value.dtype == np.uint8 and value.ndim > 3:
+            batch[field] = np.divide(value, np.float32(255), dtype=np.float32)
     return batch
 
 

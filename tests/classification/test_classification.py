@@ -1,5 +1,6 @@
 """Classification: closed forms, masks, models with and without state."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.build import build
 from cvjax.classification.task import Classification
+from cvjax.data.transforms import mixing
 from cvjax.nn.resnet import ResNet
 from cvjax.train.task import Task
 
@@ -219,3 +222,101 @@ def test_it_learns():
 
     _, losses = jax.lax.scan(descend, params, length=200)
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_soft_labels_that_are_one_hot_are_labels():
+    task = Classification(Linear(), label_smoothing=0.1)
+    hard = batch_of(5)
+    hard["valid"][2] = False
+    soft = {**hard, "label": np.eye(CLASSES, dtype=np.float32)[hard["label"]]}
+    soft["label"][2] = np.nan
+    params, model_state = task.init(jax.random.key(0), hard)
+    one, other = (take_step(task, params, model_state, batch) for batch in (hard, soft))
+    assert is_finite(other)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), one, other)
+    for method in (task.evaluate, task.visualize):
+        results = [method(params, model_state, batch, jax.random.key(0)) for batch in (hard, soft)]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *results)
+
+
+def test_soft_labels_have_the_closed_form_of_the_cross_entropy():
+    task, batch = Classification(Linear()), batch_of(4)
+    batch["label"] = np.random.default_rng(0).dirichlet(np.ones(CLASSES), 4).astype(np.float32)
+    params, model_state = task.init(jax.random.key(0), batch)
+    (loss, _), _ = take_step(task, params, model_state, batch)
+    p = task.predict(params, model_state, batch, jax.random.key(0))["probabilities"]
+    np.testing.assert_allclose(loss, -(batch["label"] * np.log(p)).sum(-1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mix", [mixing.mixup, mixing.cutmix, mixing.mixup_or_cutmix])
+def test_mixing_trains_on_the_mixed_images_and_targets(mix):
+    batch = batch_of(6)
+    batch["valid"][[1, 4]] = False
+    batch["image"][[1, 4]] = np.nan
+    batch["label"][[1, 4]] = -1
+    seen = []
+
+    def remember(images, rng, valid):
+        seen.append(mix(images, rng, valid))
+        return seen[-1]
+
+    task = Classification(Linear(), label_smoothing=0.1, mix=remember)
+    params, model_state = task.init(jax.random.key(0), batch)
+    state = SimpleNamespace(model_state=model_state)
+    loss, (_, metrics) = task.loss(params, state, batch, jax.random.key(5))
+    mixed = seen[0]
+    targets = np.eye(CLASSES)[np.maximum(batch["label"], 0)]
+    share = np.asarray(mixed.share)[:, None]
+    soft = share * targets + (1 - share) * targets[mixed.partner]
+    same = {**batch, "image": mixed.images, "label": soft.astype(np.float32)}
+    plain = Classification(Linear(), label_smoothing=0.1)
+    expected, (_, expected_metrics) = plain.loss(params, state, same, jax.random.key(0))
+    assert np.isfinite(loss)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), metrics, expected_metrics)
+    if mix is mixing.mixup_or_cutmix:
+        result = take_step(task, params, model_state, batch, seed=5)
+        assert is_finite(result)
+        np.testing.assert_allclose(result[0][0], loss, rtol=1e-5)
+    # Held-out images are not mixed.
+    held_out = task.evaluate(params, model_state, batch, jax.random.key(0))
+    assert_equal(held_out, plain.evaluate(params, model_state, batch, jax.random.key(0)))
+
+
+def test_a_label_that_is_no_class_is_not_passed_over_when_mixed():
+    task = Classification(Linear(), mix=mixing.cutmix)
+    batch = batch_of(3)
+    params, model_state = task.init(jax.random.key(0), batch)
+    batch["label"][0] = CLASSES
+    assert np.isnan(take_step(task, params, model_state, batch)[0][0])
+
+
+def test_images_are_augmented_in_training_alone():
+    task = Classification(Linear(), augment=lambda images, rng: 0 * images)
+    batch = batch_of(3)
+    params, model_state = task.init(jax.random.key(0), batch)
+    black = {**batch, "image": 0 * batch["image"]}
+    plain = Classification(Linear())
+    assert_equal(
+        take_step(task, params, model_state, batch), take_step(plain, params, model_state, black)
+    )
+    assert_equal(
+        task.evaluate(params, model_state, batch, jax.random.key(0)),
+        plain.evaluate(params, model_state, batch, jax.random.key(0)),
+    )
+
+
+def test_a_config_names_the_mixing():
+    config = dict(
+        type="classification.task.Classification",
+        model=dict(type="tests.classification.test_classification.Linear"),
+        augment=dict(
+            type="data.transforms.batched.in_order",
+            flip=dict(type="data.transforms.batched.random_flip"),
+            crop=dict(type="data.transforms.batched.random_crop", padding=1),
+        ),
+        mix=dict(type="data.transforms.mixing.mixup_or_cutmix", p_cutmix=0.3),
+    )
+    task, batch = build(config), batch_of(4)
+    params, model_state = task.init(jax.random.key(0), batch)
+    assert is_finite(take_step(task, params, model_state, batch))
