@@ -123,7 +123,7 @@ class EfficientNet(nn.Module):
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
         norm = partial(nn.BatchNorm, momentum=0.99, epsilon=self.epsilon, dtype=self.dtype)
 
-        channels = STEM if lite and self.width is None else divisible(STEM * width)
+        channels = STEM if lite else divisible(STEM * width)
         self.stem_conv, self.stem_norm = conv(channels, 3, 2), norm()
         rates = iter(drop_rates(self.stochastic_depth, sum(repeats)))
         make_block = (
@@ -148,7 +148,7 @@ class EfficientNet(nn.Module):
                 )
                 channels = divisible(features * width)
         self.block = blocks
-        head = HEAD if lite and self.width is None else divisible(HEAD * width)
+        head = HEAD if lite else divisible(HEAD * width)
         self.head_conv, self.head_norm = conv(head, 1), norm()
         self.head_dropout = nn.Dropout(self.dropout)
         self.head = nn.Dense(self.num_classes)

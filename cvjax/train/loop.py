@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import inspect
 import json
 import logging
 import os
@@ -81,7 +82,7 @@ def fit(
     max_nonfinite: int = 10,
     tensorboard: bool = True,
     wandb: bool = False,
-    initialize: Callable[[Params], Params] | None = None,
+    initialize: Callable[..., Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains `task` on `data` and returns the state and the history.
@@ -112,7 +113,9 @@ def fit(
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
       initialize: maps fresh params to those to start from, or to (params, table of what was
-        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`.
+        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`. One that takes
+        `model_state` too returns (params, model_state, table), as
+        `cvjax.nn.pretrained.load_pretrained` does.
       config: the resolved config, saved with the checkpoints.
 
     Raises:
@@ -323,12 +326,16 @@ def _shapes(make_state: Callable, rng: jax.Array, example: Any, mesh: Any) -> Tr
 
 
 def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainState:
-    """The state with other params, and averages that start as copies of them."""
-    params = initialize(state.params)
-    if isinstance(params, tuple):
+    """The state with other params (and model state), and averages that start as copies."""
+    model_state = state.model_state
+    if "model_state" in inspect.signature(initialize).parameters:
+        params, model_state, table = initialize(state.params, model_state)
+        log.info("%s", table)
+    elif isinstance(params := initialize(state.params), tuple):
         params, table = params
         log.info("%s", table)
-    state = state.replace(params=params, ema={name: params[name] for name in state.ema})
+    ema = {name: params[name] for name in state.ema}
+    state = state.replace(params=params, model_state=model_state, ema=ema)
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
 
 
