@@ -223,7 +223,7 @@ def _fitted(
         height, width, _ = value.shape
         return resize_bicubic(value, *shape[:2]), f"loaded: resampled from {height}x{width}"
     if name.startswith("head/"):
-        return None, f"fresh: {list(there)} in the file is another number of classes"
+        return None, f"fresh: {list(there)} in the file"
     return None, f"shape differs: {list(there)} in the file"
 
 
@@ -237,15 +237,13 @@ def _split_positions(values: dict[str, np.ndarray], targets: Mapping[str, jax.Ar
         return
     tokens = values[name][0]
     height, width, channels = targets[name].shape
-    for first in (0, 1):
-        patches = len(tokens) - first
-        if patches != height * width:
-            height = width = math.isqrt(patches)
-        if patches == height * width:
-            break
-        height, width, _ = targets[name].shape
-    else:
+    # As many patches as ours, or else a square of them; with or without the class token before.
+    candidates = [(first, height, width) for first in (0, 1)]
+    candidates += [(first, *[math.isqrt(len(tokens) - first)] * 2) for first in (0, 1)]
+    fitting = [(f, h, w) for f, h, w in candidates if f + h * w == len(tokens)]
+    if not fitting:
         return
+    first, height, width = fitting[0]
     values[name] = tokens[first:].reshape(height, width, -1)
     if "params/class_position" in targets:
         zeros = np.zeros(channels, tokens.dtype)

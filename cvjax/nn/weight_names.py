@@ -57,15 +57,17 @@ def translate(naming: Naming, arrays: Arrays, paths: Iterable[str]) -> dict[str,
 
 def fused(arrays: Arrays) -> Arrays:
     """With separate queries, keys and values put together, and in_proj_weight as in_proj.weight."""
+    pattern = r"(.+)\.(?:(query|key|value)|([qkv]_proj))\.(weight|bias)"
     result = {}
     for name, array in arrays.items():
-        if match := re.fullmatch(r"(.+)\.(query|key|value)\.(weight|bias)", name):
-            parts = [f"{match[1]}.{part}.{match[3]}" for part in ("query", "key", "value")]
-            if match[2] == "query" and all(part in arrays for part in parts):
-                whole = np.concatenate([arrays[part] for part in parts])
-                result[f"{match[1]}.query_key_value.{match[3]}"] = whole
-            elif not all(part in arrays for part in parts):
+        if match := re.fullmatch(pattern, name):
+            ours = ("query", "key", "value") if match[3] is None else ("q_proj", "k_proj", "v_proj")
+            parts = [f"{match[1]}.{part}.{match[4]}" for part in ours]
+            if not all(part in arrays for part in parts):
                 result[name] = array
+            elif name == parts[0]:
+                whole = np.concatenate([arrays[part] for part in parts])
+                result[f"{match[1]}.query_key_value.{match[4]}"] = whole
         else:
             result[re.sub(r"\.in_proj_(weight|bias)$", r".in_proj.\1", name)] = array
     return result
@@ -298,18 +300,19 @@ _VIT_TORCHVISION = (
     (r"encoder\.ln", "norm"),
     (r"heads\.head", "head"),
 )
-_VIT_HF = (  # with DINOv2, with and without registers
+# With DINOv2, with and without registers; in its files and, where that differs, in the program.
+_VIT_HF = (
     (r"(?:\w+\.)?embeddings\.cls_token", "class_token"),
     (r"(?:\w+\.)?embeddings\.register_tokens", "register_tokens"),
     (r"(?:\w+\.)?embeddings\.position_embeddings", "position"),
     (r"(?:\w+\.)?embeddings\.patch_embeddings\.projection", "patch_embedding"),
     *(
-        (rf"(?:\w+\.)?encoder\.layer\.(\d+)\.{theirs}", rf"block_\1/{ours}")
+        (rf"(?:\w+\.)?(?:encoder\.layer|layers)\.(\d+)\.{theirs}", rf"block_\1/{ours}")
         for theirs, ours in (
             ("(?:layernorm_before|norm1)", "norm1"),
             ("(?:layernorm_after|norm2)", "norm2"),
-            (r"attention\.attention\.query_key_value", "attention/query_key_value"),
-            (r"attention\.output\.dense", "attention/output"),
+            (r"attention\.(?:attention\.)?query_key_value", "attention/query_key_value"),
+            (r"attention\.(?:output\.dense|o_proj)", "attention/output"),
             (r"layer_scale([12])\.lambda1", r"layer_scale\2"),
             (r"(?:intermediate\.dense|mlp\.fc1)", "hidden"),
             (r"(?:output\.dense|mlp\.fc2)", "output"),
@@ -369,11 +372,11 @@ _SWIN_HF = (
         for theirs, ours in (
             ("layernorm_before", "norm1"),
             ("layernorm_after", "norm2"),
-            (r"attention\.self\.query_key_value", "attention/query_key_value"),
-            (r"attention\.output\.dense", "attention/output"),
-            (r"attention\.self\.relative_position_bias_table", "attention/relative_position"),
-            (r"intermediate\.dense", "hidden"),
-            (r"output\.dense", "output"),
+            (r"attention\.(?:self\.)?query_key_value", "attention/query_key_value"),
+            (r"attention\.(?:output\.dense|o_proj)", "attention/output"),
+            (r"attention\..+\.relative_position_bias_table", "attention/relative_position"),
+            (r"(?:intermediate\.dense|mlp\.fc1)", "hidden"),
+            (r"(?:output\.dense|mlp\.fc2)", "output"),
         )
     ),
     *(

@@ -23,7 +23,7 @@ from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
 from cvjax.train.optimizer import optimizers_by_group
 from cvjax.train.progress import Progress
-from cvjax.train.state import Params, TrainState
+from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
 from cvjax.train.task import Metrics, Task
 from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
