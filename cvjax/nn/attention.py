@@ -12,7 +12,8 @@ class SelfAttention(nn.Module):
     """Every token looks at every other, [b, n, c] -> [b, n, c].
 
     Attributes:
-      heads: each has c / heads channels.
+      heads: each has c / heads channels. The first layer gives all heads' queries, then all
+        keys, then all values, as the published weights do.
       zero_init: start with an output of zeros, so that a residual branch begins as nothing.
       dtype: of the computation, softmax excepted; parameters are float32.
     """
@@ -30,9 +31,8 @@ class SelfAttention(nn.Module):
                 f"attention: {channels} channels do not divide into {self.heads} heads"
             )
         x = nn.Dense(3 * channels, dtype=self.dtype, name="query_key_value")(x)
-        query, key, value = jnp.split(
-            x.reshape(*x.shape[:2], self.heads, 3 * channels // self.heads), 3, axis=-1
-        )
+        x = x.reshape(*x.shape[:2], 3, self.heads, channels // self.heads)
+        query, key, value = x[:, :, 0], x[:, :, 1], x[:, :, 2]
         x = jax.nn.dot_product_attention(query, key, value, mask=mask)
         init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         x = x.reshape(*x.shape[:2], channels)

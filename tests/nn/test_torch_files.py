@@ -1,0 +1,219 @@
+"""Files that torch wrote, files that want something executed, and damaged ones."""
+
+import io
+import os
+import pickle
+import subprocess
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.errors import InputError
+from cvjax.nn.pretrained import read_weights
+from cvjax.nn.torch_files import LEGACY_MAGIC, read_torch
+
+HERE = Path(__file__).parent
+WRITTEN = ["torch_zip.pth", "torch_legacy.pth"]  # by record_parity.py
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_torch_wrote(name):
+    arrays = read_weights(HERE / name)
+    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
+    expected = {
+        "whole": whole,
+        "transposed": whole.T,
+        "part": whole[1:3, ::2],
+        "parameter": whole[0] - 2.5,
+        "expanded": np.full(3, 1.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.array(7),
+        "half": whole[0].astype(np.float16),
+        "bfloat16": whole[0].astype(jnp.bfloat16),
+        "double": whole[0].astype(np.float64),
+        "bool": whole[0] > 2,
+        "byte": whole[0].astype(np.uint8),
+    }
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        assert arrays[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+    root = read_torch(HERE / WRITTEN[0])
+    assert root["epoch"] == 3 and root["optimizer"] == {"lr": [0.1, None, True]}
+
+
+class Calls:
+    """Pickled, it is an instruction to call a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def as_zip(path, data, **parts):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        for name, part in parts.items():
+            archive.writestr(f"archive/{name}", part)
+
+
+def as_legacy(path, data):
+    start = b"".join(pickle.dumps(v, 2) for v in (LEGACY_MAGIC, 1001, {"little_endian": True}))
+    path.write_bytes(start + data + pickle.dumps([], 2))
+
+
+def hostile(canary):
+    """Pickles that leave a file behind when they are loaded, by all the ways there are."""
+    touch = f"touch {canary}"
+    python = f"open({str(canary)!r}, 'w').close()"
+    text = touch.encode()
+    found = {}
+    for protocol in range(6):
+        call = Calls(os.system, touch)
+        found[f"system {protocol}"] = pickle.dumps(call, protocol)
+        found[f"inside {protocol}"] = pickle.dumps({"weight": [call], "bias": 1.0}, protocol)
+    found["exec"] = pickle.dumps(Calls(exec, python))
+    found["eval"] = pickle.dumps(Calls(eval, f"__import__('os').system({touch!r})"))
+    found["process"] = pickle.dumps(Calls(subprocess.call, ["touch", str(canary)]))
+    found["inst"] = b"(S'" + text + b"'\nios\nsystem\n."
+    found["obj"] = b"(cos\nsystem\nS'" + text + b"'\no."
+    # What stays on the stack is innocent; the call has happened by then.
+    found["popped"] = b"cos\nsystem\n(S'" + text + b"'\ntR0}."
+    found["memo"] = b"cos\nsystem\np0\n0g0\n(S'" + text + b"'\ntR."
+    found["ordered"] = b"ccollections\nOrderedDict\n(cos\nsystem\n(S'" + text + b"'\ntRtR."
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(hostile("x")))
+def test_hostile_files_are_refused_and_nothing_happens(name, tmp_path):
+    canary = tmp_path / "canary"
+    data = hostile(canary)[name]
+    try:
+        pickle.loads(data)
+    except TypeError:  # some end badly, once the call has been made
+        pass
+    assert canary.exists(), "this pickle is not hostile"
+    canary.unlink()
+    as_zip(tmp_path / "zip.pth", data)
+    as_legacy(tmp_path / "legacy.pth", data)
+    (tmp_path / "bare.pth").write_bytes(data)
+    for file in ("zip.pth", "legacy.pth", "bare.pth"):
+        with pytest.raises(InputError, match="is refused: it (calls|makes)"):
+            read_weights(tmp_path / file)
+    assert not canary.exists()
+
+
+INNOCENT_LOOKS = {
+    # A name is never imported: this module does not exist, one that does is not run.
+    "unknown": b"cno_such_module\nno_such_name\n)R.",
+    "newobj": b"\x80\x02cbuiltins\nobject\n)\x81.",
+    "extension": b"\x80\x02\x82\x01.",
+    "build": b"\x80\x02]}b.",
+    "persistent": b"Pname\n.",
+    "numpy": pickle.dumps({"a": np.arange(3)}),
+    "load_from_bytes": b"ctorch.storage\n_load_from_bytes\n(S'x'\ntR.",
+    "key": b"\x80\x02}((K\x01tK\x02s.",
+    "module": b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81}b.",
+}
+
+
+@pytest.mark.parametrize("name", INNOCENT_LOOKS)
+def test_all_else_that_is_no_data_is_refused(name, tmp_path):
+    as_zip(tmp_path / "weights.pth", INNOCENT_LOOKS[name])
+    with pytest.raises(InputError, match=r"weights\.pth (is refused|is not a whole file)"):
+        read_weights(tmp_path / "weights.pth")
+
+
+def tensor(storage="FloatStorage", length="K\x04", offset="K\x00", shape="K\x04\x85",
+           strides="K\x01\x85"):  # fmt: skip
+    """A pickle {"w": tensor} of four numbers, with something changed."""
+    reference = (
+        f"(X\x07\x00\x00\x00storagectorch\n{storage}\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    )
+    rebuild = "ctorch._utils\n_rebuild_tensor_v2\n("
+    text = f"}}X\x01\x00\x00\x00w{rebuild}{reference}{length}tQ{offset}{shape}{strides}\x89NtRs."
+    return b"\x80\x02" + text.encode("latin1")
+
+
+IMPOSSIBLE = {
+    "beyond the end": dict(offset="K\x01"),
+    "stride beyond": dict(strides="K\x02\x85"),
+    "negative offset": dict(offset="J\xff\xff\xff\xff"),
+    "negative stride": dict(strides="J\xff\xff\xff\xff\x85"),
+    "negative size": dict(shape="J\xff\xff\xff\xff\x85"),
+    "more dimensions": dict(shape="K\x02K\x02\x86"),
+    "longer than it is": dict(length="K\x05"),
+    "no integer": dict(shape="\x88\x85"),
+    "of no known type": dict(storage="ComplexFloatStorage"),
+    "endless": dict(shape="J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", strides="K\x00K\x00\x86"),
+}
+
+
+def test_tensors_stay_inside_their_storage(tmp_path):
+    file, numbers = tmp_path / "weights.pth", np.arange(4, dtype=np.float32)
+    as_zip(file, tensor(), **{"data/0": numbers.tobytes()})
+    np.testing.assert_array_equal(read_weights(file)["w"], numbers)
+    for name, change in IMPOSSIBLE.items():
+        as_zip(file, tensor(**change), **{"data/0": numbers.tobytes()})
+        with pytest.raises(InputError):
+            print(name, read_weights(file))
+    as_zip(file, tensor())
+    with pytest.raises(InputError, match="not a whole file"):
+        read_weights(file)
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    file = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", tensor())
+        archive.writestr("archive/data/0", bytes(10**7))
+    with pytest.raises(InputError, match="compressed"):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_damage_is_told_in_one_line(name, tmp_path):
+    """Cut short anywhere, or with bytes changed: an InputError, or arrays; nothing else."""
+    data = (HERE / name).read_bytes()
+    file = tmp_path / "damaged.pth"
+    rng = np.random.default_rng(0)
+    errors = 0
+    for trial in range(400):
+        damaged = bytearray(data)
+        if trial % 2:
+            del damaged[rng.integers(len(data)) :]
+        else:
+            for at in rng.integers(len(data), size=3):
+                damaged[at] = rng.integers(256)
+        file.write_bytes(damaged)
+        try:
+            read_weights(file)
+        except InputError as error:
+            errors += 1
+            assert "damaged.pth" in str(error) or "dictionary of weights" in str(error)
+    assert errors > 200
+
+
+def test_files_without_weights_say_what_is_there(tmp_path):
+    file = tmp_path / "weights.pth"
+    for data, message in (
+        (pickle.dumps({"epoch": 3, "lr": 0.1}, 2), "epoch, lr"),
+        (pickle.dumps([1, 2], 2), "list"),
+    ):
+        as_zip(file, data)
+        with pytest.raises(InputError, match=message):
+            read_weights(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes.txt", "x")
+    with pytest.raises(InputError, match=r"0 files data\.pkl"):
+        read_weights(file)
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    file.write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match="not a whole file"):
+        read_weights(file)
