@@ -1,6 +1,4 @@
-"""Segmentation of composed scenes: real MNIST digits on textured ground, among clutter.
-
-"""
+"""Segmentation of composed scenes: real MNIST digits on textured ground, among clutter."""
 
 from ml_collections import ConfigDict
 
@@ -8,8 +6,8 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1200
-    config.batch_size = 16
+    config.steps = 1600
+    config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
     config.evaluate_every = 400
@@ -20,7 +18,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
             type="data.sources.scenes.Scenes", split="train", count=20_000, fields=("image", "mask")
         ),
         test=dict(
-            type="data.sources.scenes.Scenes", split="test", count=512, fields=("image", "mask")
+            type="data.sources.scenes.Scenes", split="test", count=256, fields=("image", "mask")
         ),
         transforms=dict(),
         threads=0,
@@ -41,18 +39,22 @@ def get_config(tiny: bool = False) -> ConfigDict:
             head=dict(
                 type="segmentation.heads.UNet",
                 num_classes=11,
-                features=(64, 64),
+                features=(64, 32),
                 subpixel=4,
                 dtype="float32",
             ),
         ),
         losses=dict(
-            cross_entropy=dict(type="segmentation.losses.cross_entropy"),
+            cross_entropy=dict(
+                type="segmentation.losses.cross_entropy", class_weights=(0.3, *[1.0] * 10)
+            ),
             dice=dict(type="segmentation.losses.dice"),
         ),
         weights=dict(cross_entropy=1.0, dice=1.0),
     )
-    config.evaluators = dict(segmentation=dict(type="segmentation.evaluate.MeanIoU", num_classes=11))
+    config.evaluators = dict(
+        segmentation=dict(type="segmentation.evaluate.MeanIoU", num_classes=11)
+    )
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adamw"),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
+from cvjax.nn.unet import depth_to_space
 
 Maps = Sequence[jax.Array]
 
@@ -276,10 +277,7 @@ def to_pixels(score: jax.Array, size: tuple[int, int], subpixel: int = 1) -> jax
     1609.05158, equation 4), of which a map that was rounded up has too many at the right and the
     bottom; the rest of the way is interpolated.
     """
-    b, h, w, c = score.shape
-    n = subpixel
-    score = score.astype(jnp.float32).reshape(b, h, w, n, n, c // n**2)
-    score = score.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * n, w * n, c // n**2)
+    score = depth_to_space(score.astype(jnp.float32), subpixel)
     return resize(score[:, : size[0], : size[1]], size)
 
 

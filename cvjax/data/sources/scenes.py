@@ -18,10 +18,10 @@ from cvjax.errors import InputError, nearest
 _SPLITS = ("train", "test")
 _FIELDS = ("image", "mask", "instance", "boxes", "present")
 _DIGITS = (2, 5)  # the fewest and the most that are placed in a scene
-_SCALE = (1.0, 2.0)  # of a digit: its 28 pixels become 28 to 56
-_DEGREES = 25.0  # the largest turn: a 6 shall not become a 9
+_SCALE = (1.2, 2.0)  # of a digit: MNIST's 20 x 20 pixels become 24 to 40
+_DEGREES = 20.0  # the largest turn: a 6 shall not become a 9
 _CLUTTER = 10  # the most pieces
-_HIDDEN = 0.1  # the largest share of an earlier digit that a later one may hide
+_HIDDEN = 0.03  # the largest share of an earlier digit that a later one may hide
 _ATTEMPTS = 8  # at finding a place for a digit before it is left out
 
 
@@ -83,11 +83,9 @@ class Scenes:
             raise IndexError(f"scene {index} is not in 0..{self.count - 1}")
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index))
         digits = Digits(self.split)
-        # Digits are bright on dark ground or dark on bright ground; clutter is as bright as they.
-        bright = rng.random() < 0.5
-        canvas = _texture(rng, self.size, bright)
+        canvas = _texture(rng, self.size)
         for _ in range(rng.integers(_CLUTTER + 1)):
-            _paint(canvas, _scrap(rng, self.size, digits), _color(rng, bright))
+            _paint(canvas, _scrap(rng, self.size, digits), _bright(rng))
 
         instance = np.zeros((self.size, self.size), np.uint8)
         labels: list[int] = []
@@ -97,7 +95,7 @@ class Scenes:
             if cover is None:
                 continue
             labels.append(int(digit["label"]))
-            _paint(canvas, cover, _color(rng, bright))
+            _paint(canvas, cover, _bright(rng))
             instance[cover > 0.5] = len(labels)
         canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, np.float32)
 
@@ -112,9 +110,9 @@ class Scenes:
         return {**example, **_boxes(instance, labels)} if "boxes" in self.fields else example
 
 
-def _texture(rng: np.random.Generator, size: int, bright: bool) -> np.ndarray:
-    """Smooth noise of three grain sizes about a random colour, float32 [size, size, 3]."""
-    texture = np.full((size, size, 3), _color(rng, not bright))
+def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth noise of three grain sizes about a dark colour, float32 [size, size, 3]."""
+    texture = np.full((size, size, 3), 1 - _bright(rng))
     for cells, strength in ((3, 0.2), (8, 0.12), (24, 0.1)):
         noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
         planes = [
@@ -125,10 +123,9 @@ def _texture(rng: np.random.Generator, size: int, bright: bool) -> np.ndarray:
     return texture
 
 
-def _color(rng: np.random.Generator, bright: bool) -> np.ndarray:
-    """A bright or a dark colour, float32 [3]."""
-    color = rng.uniform(0.0, 0.4, 3).astype(np.float32)
-    return 1 - color if bright else color
+def _bright(rng: np.random.Generator) -> np.ndarray:
+    """A colour of digits and clutter, float32 [3]."""
+    return rng.uniform(0.6, 1.0, 3).astype(np.float32)
 
 
 def _paint(canvas: np.ndarray, cover: np.ndarray, color: np.ndarray) -> None:
