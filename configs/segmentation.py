@@ -6,11 +6,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1600
+    config.steps = 2600
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 400
+    config.evaluate_every = 700
     config.best = "segmentation/mean_iou"
 
     config.data = dict(
@@ -30,8 +30,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
             type="segmentation.model.Segmenter",
             backbone=dict(
                 type="nn.resnet.ResNet",
-                stem="imagenet",
-                width=32,
+                stem="cifar",
+                width=48,
                 stage_sizes=(1, 1, 1),
                 dtype="float32",
                 remat=False,
@@ -39,15 +39,14 @@ def get_config(tiny: bool = False) -> ConfigDict:
             head=dict(
                 type="segmentation.heads.UNet",
                 num_classes=11,
-                features=(64, 32),
+                features=(64, 48),
                 subpixel=4,
                 dtype="float32",
             ),
+            patch=4,
         ),
         losses=dict(
-            cross_entropy=dict(
-                type="segmentation.losses.cross_entropy", class_weights=(0.3, *[1.0] * 10)
-            ),
+            cross_entropy=dict(type="segmentation.losses.cross_entropy"),
             dice=dict(type="segmentation.losses.dice"),
         ),
         weights=dict(cross_entropy=1.0, dice=1.0),
@@ -60,7 +59,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         transform=dict(type="optax.adamw"),
         learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=5e-3),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
-        clip_norm=1.0,
+        clip_norm=5.0,
         accumulate=1,
     )
     config.ema = None

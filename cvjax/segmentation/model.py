@@ -4,6 +4,9 @@ import inspect
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+from cvjax.nn.unet import space_to_depth
 
 
 class Segmenter(nn.Module):
@@ -14,10 +17,13 @@ class Segmenter(nn.Module):
         {name: pixels of the image for one of the map}. If `features` also takes `valid` it is told
         which rows are real.
       head: see `cvjax.segmentation.heads`.
+      patch: the backbone sees squares of `patch` x `patch` pixels, stacked as channels: all strides
+        are `patch` times as large and nothing of the image is lost. Zeros fill up the last squares.
     """
 
     backbone: nn.Module
     head: nn.Module
+    patch: int = 1
 
     @nn.compact
     def __call__(
@@ -32,6 +38,8 @@ class Segmenter(nn.Module):
         """
         strides = self.backbone.strides
         takes_valid = "valid" in inspect.signature(self.backbone.features).parameters
+        size, missing = x.shape[1:3], [(0, -side % self.patch) for side in x.shape[1:3]]
+        x = space_to_depth(jnp.pad(x, [(0, 0), *missing, (0, 0)]), self.patch)
         maps = self.backbone.features(x, train=train, **({"valid": valid} if takes_valid else {}))
         in_order = [maps[name] for name in sorted(strides, key=strides.get)]
-        return self.head(in_order, x.shape[1:3], train=train, valid=valid)
+        return self.head(in_order, size, train=train, valid=valid)

@@ -1,6 +1,7 @@
 """The losses against slow references in float64 that share no formula with them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def slow_lovasz(logits, mask):
         errors = [1 - p[c] if k == c else p[c] for p, k in found]
         levels = sorted({0.0, *errors})
         total = 0.0
-        for low, high in zip(levels, levels[1:], strict=False):
+        for low, high in itertools.pairwise(levels):
             wrong = [error > low for error in errors]
             true = [k == c for _, k in found]
             right = sum(t and not w for t, w in zip(true, wrong, strict=True))

@@ -1,6 +1,7 @@
 """Sliding windows against a sum over every pixel and window, written out."""
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def test_windows_reach_both_ends_and_leave_no_gap(overlap):
             starts = _starts(side, window, overlap)
             assert starts[0] == 0 and starts[-1] == side - window
             assert starts == sorted(set(starts))
-            assert all(b - a <= window for a, b in zip(starts, starts[1:], strict=False))
+            assert all(b - a <= window for a, b in itertools.pairwise(starts))
 
 
 def test_a_small_image_goes_on_as_its_edge():

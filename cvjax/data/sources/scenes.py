@@ -1,7 +1,7 @@
 """Composed scenes: real digits on textured ground among clutter, with exact masks.
 
 A scene is a function of (split, seed, index) alone. From the bottom up it has a smooth random
-texture; clutter, which are scraps of digits, lines and discs; and two to five digits of MNIST, each
+texture; clutter, which are scraps of digits, lines and discs; and two to four digits of MNIST, each
 turned, scaled, coloured and put somewhere at random. A pixel belongs to the topmost digit that
 covers more than half of it.
 """
@@ -17,8 +17,8 @@ from cvjax.errors import InputError, nearest
 
 _SPLITS = ("train", "test")
 _FIELDS = ("image", "mask", "instance", "boxes", "present")
-_DIGITS = (2, 5)  # the fewest and the most that are placed in a scene
-_SCALE = (1.2, 2.0)  # of a digit: MNIST's 20 x 20 pixels become 24 to 40
+_DIGITS = (2, 4)  # the fewest and the most that are placed in a scene
+_SCALE = (1.4, 2.2)  # of a digit: MNIST's 20 x 20 pixels become 28 to 44
 _DEGREES = 20.0  # the largest turn: a 6 shall not become a 9
 _CLUTTER = 10  # the most pieces
 _HIDDEN = 0.03  # the largest share of an earlier digit that a later one may hide
@@ -36,15 +36,15 @@ class Scenes:
       image: uint8 [size, size, 3].
       mask: uint8 [size, size]: 0 is the ground, the clutter too, and 1 + d is the digit d.
       instance: uint8 [size, size]: 0 is the ground, k is the k-th digit of the scene.
-      boxes: three arrays of 5 rows, those of digits first, k-th digit in row k - 1:
-        `boxes`, float32 [5, 4], x1, y1, x2, y2 in pixels, around the pixels that are seen;
-        `box_label`, int32 [5], 0..9; `box_valid`, bool [5], False in the rows that are padding.
+      boxes: three arrays of 4 rows, those of digits first, k-th digit in row k - 1:
+        `boxes`, float32 [4, 4], x1, y1, x2, y2 in pixels, around the pixels that are seen;
+        `box_label`, int32 [4], 0..9; `box_valid`, bool [4], False in the rows that are padding.
       present: uint8 [10], 1 where that digit is seen in the scene.
 
     Attributes:
         split: "train" or "test".
         count: how many scenes there are.
-        size: height and width in pixels, at least 56.
+        size: height and width in pixels, at least 64.
         seed: of the scenes.
         fields: what a record has.
 
@@ -65,7 +65,7 @@ class Scenes:
             if field not in _FIELDS:
                 raise InputError(f"fields: a scene has no {field!r}{nearest(field, _FIELDS)}")
         for name, value, least in (
-            ("count", self.count, 1), ("size", self.size, 56), ("seed", self.seed, 0),
+            ("count", self.count, 1), ("size", self.size, 64), ("seed", self.seed, 0),
         ):  # fmt: skip
             if value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
