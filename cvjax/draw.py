@@ -118,6 +118,32 @@ def _colors(count: int, labels: ArrayLike | None) -> np.ndarray:
     return PALETTE[np.asarray(range(count) if labels is None else labels, int) % len(PALETTE)]
 
 
+def class_colors(count: int = 256) -> np.ndarray:
+    """The colours of the PASCAL VOC masks, uint8 [count, 3], count <= 256; class 0 is black.
+
+    Bit j of the red (green, blue) level, counted from the highest, is bit 3 j (+ 1, + 2) of the
+    class: neighbouring classes are far apart. As in the VOC development kit.
+    """
+    bits = np.unpackbits(np.arange(count, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    levels = np.zeros((count, 3, 8), np.uint8)
+    for bit in range(8):
+        levels[:, bit % 3, bit // 3] = bits[:, bit]
+    return np.packbits(levels, axis=2)[..., 0]
+
+
+def paint_classes(
+    images: jax.Array, masks: jax.Array, opacity: float = 0.7
+) -> jax.Array | np.ndarray:
+    """Colours images [..., h, w, 3] by integer masks [..., h, w] of classes in 0..255.
+
+    The colours are `class_colors`, the image shows through; where the class is 0 there is only
+    the image.
+    """
+    colors = jnp.asarray(class_colors(), jnp.float32)[jnp.asarray(masks)] / 255
+    strength = jnp.where(jnp.asarray(masks) > 0, opacity, 0.0)[..., None]
+    return images + strength * (colors - images)
+
+
 def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
     """Writes an image [height, width, 1 or 3] in [0, 1] as an 8-bit PNG.
 

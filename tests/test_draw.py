@@ -144,3 +144,26 @@ def test_masks_are_blended_and_points_are_squares():
     )
     with pytest.raises(ValueError, match="range|expected"):
         draw.boxes(image * 255, [[0, 0, 1, 1]])
+
+
+def test_class_colors_are_those_of_pascal_voc():
+    colors = draw.class_colors()
+    assert colors.shape == (256, 3) and colors.dtype == np.uint8
+    expected = {
+        0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 4: (0, 0, 128),
+        8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192),
+    }  # fmt: skip
+    for label, color in expected.items():
+        assert tuple(colors[label]) == color
+    assert len({tuple(color) for color in colors}) == 256
+    np.testing.assert_array_equal(draw.class_colors(21), colors[:21])
+
+
+def test_painted_classes_let_the_image_through():
+    image = np.full((1, 3, 3), 0.5, np.float32)
+    painted = draw.paint_classes(image, np.array([[0, 1, 255]], np.uint8), opacity=0.5)
+    expected = 0.25 + np.array([[[0.5, 0.5, 0.5], [128, 0, 0], [224, 224, 192]]]) / 510
+    expected[0, 0] = 0.5
+    np.testing.assert_allclose(painted, expected, rtol=1e-6)
+    batch = draw.paint_classes(image[None], np.array([[[0, 1, 255]]]), opacity=0.5)
+    np.testing.assert_array_equal(batch[0], painted)

@@ -1,0 +1,73 @@
+"""Segmentation of composed scenes: real MNIST digits on textured ground, among clutter."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2600
+    config.batch_size = 8
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 700
+    config.best = "segmentation/mean_iou"
+
+    config.data = dict(
+        train=dict(
+            type="data.sources.scenes.Scenes", split="train", count=20_000, fields=("image", "mask")
+        ),
+        test=dict(
+            type="data.sources.scenes.Scenes", split="test", count=256, fields=("image", "mask")
+        ),
+        transforms=dict(),
+        threads=0,
+        processes=0,
+    )
+    config.task = dict(
+        type="segmentation.task.Segmentation",
+        model=dict(
+            type="segmentation.model.Segmenter",
+            backbone=dict(
+                type="nn.resnet.ResNet",
+                stem="cifar",
+                width=48,
+                stage_sizes=(1, 1, 1),
+                dtype="float32",
+                remat=False,
+            ),
+            head=dict(
+                type="segmentation.heads.UNet",
+                num_classes=11,
+                features=(64, 48),
+                subpixel=4,
+                dtype="float32",
+            ),
+            patch=4,
+        ),
+        losses=dict(
+            cross_entropy=dict(type="segmentation.losses.cross_entropy"),
+            dice=dict(type="segmentation.losses.dice"),
+        ),
+        weights=dict(cross_entropy=1.0, dice=1.0),
+    )
+    config.evaluators = dict(
+        segmentation=dict(type="segmentation.evaluate.MeanIoU", num_classes=11)
+    )
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(type="optax.adamw"),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=5e-3),
+        weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
+        clip_norm=5.0,
+        accumulate=1,
+    )
+    config.ema = None
+
+    if tiny:
+        config.steps, config.batch_size = 4, 16
+        config.log_every = config.evaluate_every = 2
+        config.data.train.count = config.data.test.count = 32
+        config.task.model.backbone.width = 4
+        config.task.model.head.features = (8, 8)
+    return config

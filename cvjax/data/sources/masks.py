@@ -1,0 +1,187 @@
+"""Images with a mask each: two folders of files with equal names."""
+
+import dataclasses
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cvjax.data.sources import Example
+from cvjax.errors import InputError
+
+IGNORE = 255  # in a mask: a pixel without truth
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MASKS = (".png", ".bmp", ".tif", ".tiff")  # Those that give back the numbers put in.
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairReader:
+    """Decodes an image and its mask and brings both to one size.
+
+    Records: image uint8 [height, width, channels]; mask uint8 [height, width], a class or 255. A
+    mask is a file of palette indices, of grey levels, or of two levels (0 and 1): its numbers are
+    the classes, whatever its colours. A photograph is turned upright as its EXIF orientation says.
+
+    Attributes:
+        channels: of the image: 3 for colour, 1 for grey.
+        image_size: None keeps each pair as it is; else the shorter side is scaled to this many
+            pixels (the image antialiased, the mask by its nearest pixels) and the middle is cut
+            out, so that all are squares.
+        pad_to: None, or the side of a square into whose upper left corner each pair is laid as it
+            is, beside it black and 255: pairs of different sizes fit into one batch, and metrics
+            are those of the originals. Not together with `image_size`.
+        max_pixels: a file whose header claims more is not decoded, for it would fill the memory.
+
+    Raises:
+        InputError: a number makes no sense.
+    """
+
+    channels: int = 3
+    image_size: int | None = None
+    pad_to: int | None = None
+    max_pixels: int = 2**26
+
+    def __post_init__(self) -> None:
+        if self.channels not in _MODES:
+            raise InputError(f"channels={self.channels} must be 1 or 3")
+        for name in ("image_size", "pad_to"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1, or None")
+        if self.image_size is not None and self.pad_to is not None:
+            raise InputError(
+                f"image_size={self.image_size} and pad_to={self.pad_to}: give only one of them"
+            )
+
+    def read(self, image: pathlib.Path, mask: pathlib.Path) -> Example:
+        """Reads one pair.
+
+        Raises ValueError for a file that is damaged, no mask, too large or of another size than
+        its partner; OSError for one that cannot be read.
+        """
+        # Read first, so that an OSError is the store's and may pass, while a ValueError from
+        # decoding is the file's and stays.
+        contents = image.read_bytes(), mask.read_bytes()
+        picture = self._decode(image, contents[0], self._image)
+        classes = self._decode(mask, contents[1], _classes)
+        if picture.size != classes.size:
+            raise ValueError(
+                f"{image} is {picture.size[0]} x {picture.size[1]} pixels, but {mask} is "
+                f"{classes.size[0]} x {classes.size[1]}"
+            )
+        if self.image_size is not None:
+            square = (self.image_size, self.image_size)
+            picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
+            classes = ImageOps.fit(classes, square, Image.Resampling.NEAREST)
+        pixels, labels = np.asarray(picture), np.asarray(classes)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        if self.pad_to is not None:
+            rows, columns = (self.pad_to - side for side in labels.shape)
+            if rows < 0 or columns < 0:
+                raise ValueError(
+                    f"{image} is {labels.shape[1]} x {labels.shape[0]} pixels, more than "
+                    f"pad_to={self.pad_to}"
+                )
+            pixels = np.pad(pixels, ((0, rows), (0, columns), (0, 0)))
+            labels = np.pad(labels, ((0, rows), (0, columns)), constant_values=IGNORE)
+        return {"image": pixels, "mask": labels}
+
+    def _decode(self, file: pathlib.Path, content: bytes, convert) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
+                if image.width * image.height > self.max_pixels:
+                    raise ValueError(
+                        f"the header claims {image.width} x {image.height} pixels, more than "
+                        f"max_pixels={self.max_pixels}"
+                    )
+                return convert(image)
+        except Exception as error:
+            raise ValueError(f"cannot decode {file}: {error}") from error
+
+    def _image(self, image: Image.Image) -> Image.Image:
+        return ImageOps.exif_transpose(image).convert(_MODES[self.channels])
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Files in `path`/images and `path`/masks whose names are equal but for the suffix.
+
+    Sub-folders may be in both, and belong to the name; hidden files are passed over. Records are
+    those of `PairReader`, in the order of their names.
+
+    Attributes:
+        path: the folder with the two folders.
+        class_names: of the classes, for people.
+        channels, image_size, pad_to, max_pixels: see `PairReader`.
+
+    Raises:
+        InputError: a folder is missing or empty; an image has no mask or a mask no image; two files
+            have one name; a number makes no sense.
+        ValueError, OSError (of a record): see `PairReader.read`.
+    """
+
+    path: str | pathlib.Path
+    class_names: tuple[str, ...] = ()
+    channels: int = 3
+    image_size: int | None = None
+    pad_to: int | None = None
+    max_pixels: int = 2**26
+
+    def __post_init__(self) -> None:
+        reader = PairReader(self.channels, self.image_size, self.pad_to, self.max_pixels)
+        root = pathlib.Path(self.path).expanduser()
+        if not root.is_dir():
+            raise InputError(f"the folder {root} does not exist")
+        images, masks = _by_stem(root / "images", _IMAGES), _by_stem(root / "masks", _MASKS)
+        for lonely, here, there in (
+            (images.keys() - masks.keys(), images, "masks"),
+            (masks.keys() - images.keys(), masks, "images"),
+        ):
+            if lonely:
+                raise InputError(
+                    f"{len(lonely)} files have no partner in {root / there}, the first is "
+                    f"{here[min(lonely)]}"
+                )
+        object.__setattr__(self, "_reader", reader)
+        object.__setattr__(self, "_files", tuple((images[s], masks[s]) for s in sorted(images)))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._reader.read(*self._files[index])
+
+    def example_id(self, index: int) -> str:
+        """Returns the path of the image."""
+        return str(self._files[index][0])
+
+
+def _by_stem(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, pathlib.Path]:
+    """{name inside the folder, without suffix: file}."""
+    if not folder.is_dir():
+        raise InputError(f"the folder {folder} does not exist: there must be images/ and masks/")
+    found: dict[str, pathlib.Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() not in suffixes or file.name.startswith("."):
+            continue
+        stem = file.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise InputError(f"{found[stem]} and {file} have one name: which is meant?")
+        found[stem] = file
+    if not found:
+        raise InputError(f"{folder} has no files ({' '.join(suffixes)})")
+    return found
+
+
+def _classes(mask: Image.Image) -> Image.Image:
+    """A mask's numbers, as a picture of 8 bits."""
+    if mask.mode not in ("P", "L", "1", "I", "I;16"):
+        raise ValueError(f"a mask has palette indices or grey levels, but this is {mask.mode}")
+    numbers = np.asarray(mask)
+    if numbers.max() > 255 or numbers.min() < 0:
+        raise ValueError(
+            f"a mask has classes in 0..255, but this has {numbers.min()}..{numbers.max()}"
+        )
+    return Image.fromarray(numbers.astype(np.uint8))

@@ -1,0 +1,135 @@
+"""Losses of segmentation: pure functions of logits and a mask of classes.
+
+Notation: `logits` [..., k] are the scores of k classes at each pixel, of any float type and any
+size that is finite in float32; `mask` [...] are integers, the true class of each pixel in
+0..k - 1, or `ignore` where the pixel does not count (unlabelled, or a row that is padding). p are
+the softmax probabilities and t the one-hot truth. Each loss is one float32 over all pixels that
+count, wherever in the batch they are: 0, and without a gradient, when there is none; NaN when a
+label is neither a class nor `ignore`, for else nobody would know.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+IGNORE = 255  # the label of pixels without truth, as in PASCAL VOC
+
+
+def cross_entropy(
+    logits: jax.Array,
+    mask: jax.Array,
+    *,
+    ignore: int = IGNORE,
+    class_weights: Sequence[float] | None = None,
+) -> jax.Array:
+    """The mean over pixels of -log p_t; with k class weights w it is sum(w_t loss) / sum(w_t)."""
+    log_p, label, counts = _log_p_of_truth(logits, mask, ignore)
+    weight = counts.astype(jnp.float32)
+    if class_weights is not None:
+        weight *= jnp.asarray(class_weights, jnp.float32)[label]
+    total = jnp.sum(weight)
+    mean = jnp.sum(-log_p * weight) / jnp.where(total > 0, total, 1.0)
+    return _checked(mean, logits, mask, ignore)
+
+
+def focal(
+    logits: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: float = 2.0,
+    ignore: int = IGNORE,
+    class_weights: Sequence[float] | None = None,
+) -> jax.Array:
+    """The mean over pixels of -w_t (1 - p_t)^gamma log p_t: easy pixels count less.
+
+    T.-Y. Lin et al.: Focal Loss for Dense Object Detection (https://arxiv.org/abs/1708.02002),
+    equation 5, for the softmax; the `class_weights` w are its alpha. gamma 0 is the cross-entropy.
+    """
+    log_p, label, counts = _log_p_of_truth(logits, mask, ignore)
+    # 1 - p without cancellation; kept above 0, where a power below 1 would have no gradient.
+    wrong = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(jnp.float32).tiny)
+    losses = -(wrong**gamma) * log_p
+    if class_weights is not None:
+        losses *= jnp.asarray(class_weights, jnp.float32)[label]
+    mean = jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    return _checked(mean, logits, mask, ignore)
+
+
+def dice(logits: jax.Array, mask: jax.Array, *, ignore: int = IGNORE) -> jax.Array:
+    """1 - the soft Dice coefficient, mean over the classes that are in the mask.
+
+    The coefficient of a class is 2 sum(p t) / (sum(p) + sum(t)), with sums over all pixels of the
+    batch (F. Milletari et al.: V-Net, https://arxiv.org/abs/1606.04797, section 3, without its
+    squares). A class that is not in the mask has none: what is wrongly given to it is missing from
+    the others.
+    """
+    p, truth, counts = _probabilities(logits, mask, ignore)
+    overlap, size = jnp.sum(p * truth, axis=0), jnp.sum(truth, axis=0)
+    both = jnp.sum(jnp.where(counts[:, None], p, 0.0), axis=0) + size
+    present = size > 0
+    losses = 1 - 2 * overlap / jnp.where(present, both, 1.0)
+    return _checked(_mean_of(losses, present), logits, mask, ignore)
+
+
+def lovasz_softmax(logits: jax.Array, mask: jax.Array, *, ignore: int = IGNORE) -> jax.Array:
+    """The Lovasz extension of 1 - IoU, mean over the classes that are in the mask.
+
+    M. Berman, A. Rannen Triki, M. Blaschko: The Lovasz-Softmax Loss
+    (https://arxiv.org/abs/1705.08790), equations 8, 9 and 11 ("present" classes, IoU over the
+    whole batch). Where errors tie the gradient is one of the subgradients. Costs a sort of all
+    pixels for each class.
+    """
+    p, truth, counts = _probabilities(logits, mask, ignore)
+
+    def of_class(p: jax.Array, truth: jax.Array) -> jax.Array:
+        errors = jnp.where(counts, jnp.abs(truth - p), 0.0)
+        # Pixels that do not count are last, with an error of 0: they change no sum before them.
+        order = jnp.argsort(jnp.where(counts, -errors, 1.0))
+        errors, truth = errors[order], truth[order]
+        # 1 - IoU when the first 1, 2, ... pixels are wrong and all others right (algorithm 1).
+        seen = jnp.cumsum(truth)
+        outside = jnp.cumsum(1 - truth)
+        size = seen[-1]
+        jaccard = 1 - (size - seen) / jnp.maximum(size + outside, 1)
+        return jnp.sum(errors * jnp.diff(jaccard, prepend=0.0))
+
+    losses = jax.vmap(of_class, in_axes=1)(p, truth)
+    present = jnp.sum(truth, axis=0) > 0
+    return _checked(_mean_of(losses, present), logits, mask, ignore)
+
+
+def counted(mask: jax.Array, ignore: int = IGNORE) -> jax.Array:
+    """Which pixels count: bool, of the mask's shape."""
+    return mask != ignore
+
+
+def _log_p_of_truth(
+    logits: jax.Array, mask: jax.Array, ignore: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log p_t (0 where a pixel does not count), the label (0 there too), and which count."""
+    counts = counted(mask, ignore)
+    label = jnp.where(counts, mask, 0).astype(jnp.int32)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_p = jnp.take_along_axis(log_p, label[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where(counts, log_p, 0.0), label, counts
+
+
+def _probabilities(
+    logits: jax.Array, mask: jax.Array, ignore: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """p and t, float32 [n, k], t all zeros where a pixel does not count; which count, bool [n]."""
+    classes, mask = logits.shape[-1], mask.reshape(-1)
+    counts = counted(mask, ignore)
+    p = jax.nn.softmax(logits.astype(jnp.float32).reshape(-1, classes))
+    truth = jax.nn.one_hot(jnp.where(counts, mask.astype(jnp.int32), -1), classes)
+    return p, truth, counts
+
+
+def _mean_of(losses: jax.Array, present: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(jnp.sum(present), 1)
+
+
+def _checked(value: jax.Array, logits: jax.Array, mask: jax.Array, ignore: int) -> jax.Array:
+    wrong = counted(mask, ignore) & ((mask < 0) | (mask >= logits.shape[-1]))
+    return jnp.where(jnp.any(wrong), jnp.nan, value)

@@ -1,0 +1,171 @@
+"""Semantic segmentation: a softmax over classes at every pixel."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from clu.metrics import Average
+
+from cvjax import draw
+from cvjax.errors import InputError, nearest
+from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
+from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.task import Batch, Metrics, Objective, mean
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+SHOWN = 12  # images in a picture
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Trains `model` to name the class of every pixel.
+
+    A batch is {"image": float32 [b, h, w, c] in [0, 1], "mask": integers [b, h, w], "valid": bool
+    [b]}: a pixel's class, or 255 where it does not count. Nothing counts in a row that is not
+    valid.
+
+    Attributes:
+      model: any module with `__call__(x, *, train=False) -> logits [b, h, w, classes]`, for example
+        `cvjax.segmentation.model.Segmenter`. It may draw from the stream "dropout" and keep
+        collections of its own (`batch_stats`). If its call also takes `valid` it is told which rows
+        are real; an invalid row is an image of zeros.
+      losses: functions (logits, mask) -> scalar, 255 in the mask being no class, by name.
+      weights: of the losses in their sum, by name; 1 where none is given.
+      mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default
+        maps [0, 1] to [-1, 1].
+
+    Raises:
+      InputError: there are no losses, or a weight for one that is not there.
+    """
+
+    model: nn.Module
+    losses: Mapping[str, Loss] = field(default_factory=lambda: {"cross_entropy": cross_entropy})
+    weights: Mapping[str, float] = field(default_factory=dict)
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+
+    def __post_init__(self):
+        if not self.losses:
+            raise InputError("Segmentation: losses is empty; there must be at least one")
+        for name in self.weights:
+            if name not in self.losses:
+                raise InputError(f"weights: no loss is named {name!r}{nearest(name, self.losses)}")
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """One: the weighted sum of the losses, for the group "model"."""
+        return (Objective("model", self.loss),)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
+        """Returns {"model": parameters} and the model's other collections."""
+        params_rng, dropout_rng = jax.random.split(rng)
+        variables = self.model.init(
+            {"params": params_rng, "dropout": dropout_rng},
+            self._input(batch["image"], batch["valid"]),
+            train=False,
+        )
+        return {"model": variables.pop("params")}, variables
+
+    def loss(
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The weighted sum of the losses over the pixels that count; 0 when none does."""
+        valid = batch["valid"]
+        any_valid = jnp.any(valid)
+        takes_valid = "valid" in inspect.signature(self.model.__call__).parameters
+        logits, model_state = self.model.apply(
+            {"params": params["model"], **state.model_state},
+            self._input(batch["image"], valid),
+            train=True,
+            rngs={"dropout": rng},
+            mutable=list(state.model_state),
+            # The statistics of no rows at all would be NaN.
+            **({"valid": valid | ~any_valid} if takes_valid else {}),
+        )
+        model_state = jax.tree.map(
+            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
+        )
+        value, metrics = self._measure(logits, batch)
+        return value, (model_state, metrics)
+
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
+        """Returns the loss, the losses where there are several, and accuracy, of pixels.
+
+        Each is weighted with the number of pixels that count: over a whole set that is exact for
+        the accuracy and for losses that are means over pixels; for `dice` and `lovasz_softmax` it
+        is the mean over batches.
+        """
+        logits = self.logits(params, model_state, batch["image"], batch["valid"])
+        return self._measure(logits, batch)[1]
+
+    def predict(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns prediction, the most probable class of each pixel, int32 [b, h, w]."""
+        logits = self.logits(params, model_state, batch["image"], batch["valid"])
+        return {"prediction": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+
+    def visualize(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the first 12 images, each beside its truth and the prediction, in one picture.
+
+        The same ones at every evaluation: one sees how they are learned. A row of the batch that is
+        not valid is black. Images have 1 or 3 channels.
+        """
+        batch = {name: jnp.asarray(batch[name])[:SHOWN] for name in ("image", "mask", "valid")}
+        logits = self.logits(params, model_state, batch["image"], batch["valid"])
+        return {"segmentation": side_by_side(logits, batch)}
+
+    def logits(
+        self,
+        params: Params,
+        model_state: PyTree,
+        image: jax.Array,
+        valid: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits, float32 [b, h, w, classes], of images [b, h, w, c] in [0, 1]."""
+        variables = {"params": params["model"], **model_state}
+        logits = self.model.apply(variables, self._input(image, valid), train=False)
+        return logits.astype(jnp.float32)
+
+    def _input(self, image: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """The normalized images; zeros where not valid, whatever (NaN, even) is there."""
+        image = (image - jnp.array(self.mean)) / jnp.array(self.std)
+        return image if valid is None else jnp.where(valid[:, None, None, None], image, 0.0)
+
+    def _measure(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The weighted sum of the losses, and all metrics."""
+        mask = _truth(batch)
+        counts = counted(mask)
+        pixels = jnp.sum(counts)
+        values = {name: loss(logits, mask) for name, loss in self.losses.items()}
+        total = sum(self.weights.get(name, 1.0) * value for name, value in values.items())
+        reported = {"loss": total, **(values if len(values) > 1 else {})}
+        metrics = {
+            name: Average(total=value * pixels, count=pixels) for name, value in reported.items()
+        }
+        return total, {**metrics, "accuracy": mean(jnp.argmax(logits, axis=-1) == mask, counts)}
+
+
+def side_by_side(logits: jax.Array, batch: Batch) -> jax.Array:
+    """One picture [H, W, 3]: each image, its true mask and the predicted one, painted over it."""
+    valid = jnp.asarray(batch["valid"])[:, None, None]
+    images = jnp.where(valid[..., None], jnp.clip(jnp.asarray(batch["image"]), 0.0, 1.0), 0.0)
+    images = jnp.broadcast_to(images, (*images.shape[:3], 3))
+    truth = jnp.where(valid, batch["mask"], 0)
+    prediction = jnp.where(valid, jnp.argmax(logits, axis=-1), 0)
+    panels = [images, draw.paint_classes(images, truth), draw.paint_classes(images, prediction)]
+    return draw.grid(jnp.concatenate(panels, axis=2), columns=3, padding=2)
+
+
+def _truth(batch: Batch) -> jax.Array:
+    """The mask, int32, without the rows that are not valid."""
+    mask = jnp.asarray(batch["mask"]).astype(jnp.int32)
+    return jnp.where(jnp.asarray(batch["valid"])[:, None, None], mask, IGNORE)
