@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import inspect
 import json
 import logging
 import os
@@ -115,10 +114,10 @@ def fit(
       keep: how many of the newest checkpoints stay; and the best by `best`, an eval metric.
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
-      initialize: maps fresh params to those to start from, or to (params, table of what was
-        loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`. One that takes
-        `model_state` too returns (params, model_state, table), as
-        `cvjax.nn.pretrained.load_pretrained` does.
+      initialize: `initialize(params, model_state) -> (params, model_state, table)`: what a new run
+        starts from, and a table for the log of what became of each array:
+        `functools.partial(cvjax.train.restore.load_params, path=...)` or
+        `cvjax.nn.pretrained.load_pretrained`.
       config: the resolved config, saved with the checkpoints.
 
     Raises:
@@ -330,14 +329,9 @@ def _shapes(make_state: Callable, rng: jax.Array, example: Any, mesh: Any) -> Tr
 
 
 def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainState:
-    """The state with other params (and model state), and averages that start as copies."""
-    model_state = state.model_state
-    if "model_state" in inspect.signature(initialize).parameters:
-        params, model_state, table = initialize(state.params, model_state)
-        log.info("%s", table)
-    elif isinstance(params := initialize(state.params), tuple):
-        params, table = params
-        log.info("%s", table)
+    """The state with other params and model state, and averages that start as copies."""
+    params, model_state, table = initialize(state.params, state.model_state)
+    log.info("%s", table)
     ema = {name: params[name] for name in state.ema}
     state = state.replace(params=params, model_state=model_state, ema=ema)
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)

@@ -1,4 +1,4 @@
-"""Parameters of a saved run, or a part of them, as the first parameters of another model."""
+"""What a saved run has learned, or a part of it, as the beginning of another model."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,9 @@ from cvjax.train.checkpoint_files import (
     read_arrays,
     read_metadata,
 )
-from cvjax.train.state import Params
+from cvjax.train.state import Params, PyTree
+
+STATE = "model_state/"
 
 
 class Row(NamedTuple):
@@ -32,7 +34,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What became of every parameter of the model, and of every array that was to be taken.
+    """What became of every array of the model, and of every one that was to be taken.
 
     The status is one of: loaded; left (no rule speaks of it); missing (a rule does, but it was not
     saved); shape differs; unused (to be taken, but the model does not have it).
@@ -49,20 +51,25 @@ class Table:
 
 def load_params(
     params: Params,
+    model_state: PyTree,
     *,
     path: str | os.PathLike,
     take: Mapping[str, str] | None = None,
     use_ema: bool = False,
-) -> tuple[Params, Table]:
-    """Returns `params` with what `take` names replaced from a checkpoint, and what became of each.
+) -> tuple[Params, PyTree, Table]:
+    """Returns both with what `take` names replaced from a checkpoint, and what became of each.
 
-    Dtypes and shardings stay those of `params`. The code that made the checkpoint is not needed.
+    Dtypes and shardings stay. The code that made the checkpoint is not needed. It is what
+    `fit(initialize=...)` takes, with `path` bound.
 
     Args:
       params: of the new model, {group: pytree}.
+      model_state: its other collections, {"batch_stats": pytree} for example.
       path: a work directory (the newest checkpoint that is whole) or the folder of one step.
       take: {path among the saved params: path in `params`}, each of an array or of all below it,
-        like {"model/encoder": "student/backbone"}; "" is the root. None: all, where it was.
+        like {"model/encoder": "student/backbone"}; "" is the root. Paths in the model state begin
+        with "model_state/": {"model_state/batch_stats": "model_state/batch_stats"}. None: all of
+        both, where it was.
       use_ema: takes the moving average of those groups that have one.
 
     Raises:
@@ -77,7 +84,9 @@ def load_params(
         for name in saved.arrays
         if name.startswith(kind)
     }
-    target = flatten(params)
+    sources |= {name: name for name in saved.arrays if name.startswith(STATE)}
+    tree = (params, model_state)
+    target = flatten(params) | {STATE + name: x for name, x in flatten(model_state).items()}
     shapes = {name: describe(leaf) for name, leaf in target.items()}
     rows = {name: Row(name, shape, "left") for name, shape in shapes.items()}
     chosen: dict[str, str] = {}  # path in the model: path in the checkpoint
@@ -107,7 +116,7 @@ def load_params(
         else leaf
         for name, leaf in target.items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), Table(tuple(rows.values()))
+    return *jax.tree.unflatten(jax.tree.structure(tree), leaves), Table(tuple(rows.values()))
 
 
 def _find(path: Path) -> Saved:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -134,7 +135,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
     first = fit(Regression(), Linear(), steps=2, seed=1, workdir=tmp_path / "first", **options)
     second = fit(
         Regression(), Linear(), steps=1, seed=2, workdir=tmp_path / "second",
-        initialize=lambda params: load_params(params, path=tmp_path / "first"), **options,
+        initialize=functools.partial(load_params, path=tmp_path / "first"), **options,
     )  # fmt: skip
     for one, two in zip(leaves(first.state.params), leaves(second.state.params), strict=True):
         np.testing.assert_array_equal(one, two)

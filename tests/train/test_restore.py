@@ -24,7 +24,7 @@ def workdir(tmp_path_factory):
         rng=jax.random.key(0),
         params={"model": network(1.0), "other": {"x": jnp.ones(2)}},
         opt_state={},
-        model_state={},
+        model_state={"batch_stats": {"encoder": {"mean": jnp.full(3, 5.0)}}},
         ema={"model": network(2.0)},
     )
     with Checkpoints(path / "checkpoints") as checkpoints:
@@ -39,21 +39,39 @@ def statuses(table):
 def test_everything_is_loaded_from_work_directory_checkpoints_or_step(workdir):
     zeros = {"model": network(0.0)}
     for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "1"):
-        params, table = load_params(zeros, path=path)
+        params, _, table = load_params(zeros, {}, path=path)
         jax.tree.map(np.testing.assert_array_equal, params, {"model": network(1.0)})
         assert statuses(table) == {
             "model/encoder/dense/bias": "loaded",
             "model/encoder/dense/kernel": "loaded",
             "model/head/kernel": "loaded",
             "params/other/x": "unused",
+            "model_state/batch_stats/encoder/mean": "unused",
         }
     assert np.all(zeros["model"]["head"]["kernel"] == 0)
+
+
+def test_the_model_state_comes_along_or_by_a_rule_of_its_own(workdir):
+    params, zeros = {"model": network(0.0)}, {"batch_stats": {"encoder": {"mean": jnp.zeros(3)}}}
+    _, state, table = load_params(params, zeros, path=workdir)
+    assert np.all(state["batch_stats"]["encoder"]["mean"] == 5)
+    assert statuses(table)["model_state/batch_stats/encoder/mean"] == "loaded"
+    _, state, table = load_params(params, zeros, path=workdir, take={"model": "model"})
+    assert np.all(state["batch_stats"]["encoder"]["mean"] == 0)
+    assert statuses(table)["model_state/batch_stats/encoder/mean"] == "left"
+    elsewhere = {"batch_stats": {"teacher": {"mean": jnp.zeros(3)}}}
+    take = {"model_state/batch_stats/encoder": "model_state/batch_stats/teacher"}
+    new, state, _ = load_params(params, elsewhere, path=workdir, take=take)
+    assert np.all(state["batch_stats"]["teacher"]["mean"] == 5)
+    jax.tree.map(np.testing.assert_array_equal, new, params)
 
 
 def test_a_part_goes_into_a_part_of_a_bigger_model(workdir):
     encoder = {**network(0.0)["encoder"], "norm": {"scale": jnp.zeros(3)}}
     params = {"student": {"backbone": encoder, "head": {"kernel": jnp.zeros((3, 9))}}}
-    params, table = load_params(params, path=workdir, take={"model/encoder": "student/backbone"})
+    params, _, table = load_params(
+        params, {}, path=workdir, take={"model/encoder": "student/backbone"}
+    )
     assert np.all(params["student"]["backbone"]["dense"]["kernel"] == 1)
     assert np.all(params["student"]["head"]["kernel"] == 0)
     assert statuses(table) == {
@@ -68,7 +86,7 @@ def test_a_part_goes_into_a_part_of_a_bigger_model(workdir):
 def test_one_array_and_several_rules(workdir):
     params = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(3)}}
     take = {"model/head/kernel": "a", "model/encoder/dense/bias": "b/c"}
-    params, _ = load_params(params, path=workdir, take=take)
+    params, _, _ = load_params(params, {}, path=workdir, take=take)
     assert np.all(params["a"] == 1) and np.all(params["b"]["c"] == 1)
 
 
@@ -76,14 +94,14 @@ def test_moving_average_dtype_and_sharding(workdir):
     where = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"model": network(0.0)})
     params = jax.device_put({**params, "other": {"x": jnp.zeros(2)}}, where)
-    params, _ = load_params(params, path=workdir, use_ema=True)
+    params, _, _ = load_params(params, {}, path=workdir, use_ema=True)
     assert np.all(params["model"]["head"]["kernel"] == 2) and np.all(params["other"]["x"] == 1)
     assert params["model"]["head"]["kernel"].dtype == jnp.bfloat16
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {where}
 
 
 def test_other_shapes_are_left_and_named(workdir):
-    params, table = load_params({"model": network(0.0, width=5)}, path=workdir)
+    params, _, table = load_params({"model": network(0.0, width=5)}, {}, path=workdir)
     assert np.all(params["model"]["head"]["kernel"] == 0)
     assert statuses(table)["model/head/kernel"] == "shape differs"
 
@@ -99,16 +117,16 @@ def test_other_shapes_are_left_and_named(workdir):
 )
 def test_a_rule_that_loads_nothing_is_one_line(take, message, workdir):
     with pytest.raises(InputError, match=message) as caught:
-        load_params({"model": network(0.0)}, path=workdir, take=take)
+        load_params({"model": network(0.0)}, {}, path=workdir, take=take)
     assert "\n" not in str(caught.value)
 
 
 def test_no_checkpoint_or_a_damaged_one(workdir, tmp_path):
     with pytest.raises(InputError, match="has no checkpoint"):
-        load_params({"model": network(0.0)}, path=tmp_path)
+        load_params({"model": network(0.0)}, {}, path=tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, {"params": network(1.0)}, position=0, metrics={}, config={})
     (tmp_path / "3" / "_METADATA").unlink()
     for path in (tmp_path, tmp_path / "3"):
         with pytest.raises(InputError, match="_METADATA is missing"):
-            load_params({"model": network(0.0)}, path=path)
+            load_params({"model": network(0.0)}, {}, path=path)
