@@ -1,7 +1,7 @@
-"""Image classification: a softmax over classes."""
+"""Image classification: one class for each image, or any number of labels."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from cvjax import draw
+from cvjax.classification.losses import distillation, softmax_cross_entropy
 from cvjax.data.transforms.mixing import Mixed
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 
@@ -23,12 +25,18 @@ class Classification:
 
     A batch is {"image": float32 [b, h, w, c] in [0, 1], "label": int32 [b], "valid": bool [b]}. A
     label may also be soft: float32 [b, classes], rows of probabilities; the right class is then the
-    most probable one.
+    most probable one. Without `exclusive` it is float32 [b, classes] with 1 for each label that the
+    image has and 0 for the others.
 
     Attributes:
       model: any module with `__call__(x, *, train=False) -> logits [b, classes]`. It may draw from
         the stream "dropout" and keep collections of its own (`batch_stats`). If its call also
         takes `valid` it is told which rows are real; an invalid row is an image of zeros.
+      loss_function: logits and targets, both [b, classes], to [b]: one of
+        `cvjax.classification.losses`, its settings bound.
+      exclusive: an image has exactly one class (probabilities by softmax). False: labels do not
+        exclude each other (by sigmoid, and a label is given to what is above 0.5); take
+        `losses.sigmoid_cross_entropy` or `losses.sigmoid_focal`.
       label_smoothing: probability taken from the label and spread evenly over all classes
         (C. Szegedy et al., https://arxiv.org/abs/1512.00567, section 7), in training only.
       augment: changes the images on the device, in training only: `augment(images, rng)`, such as
@@ -36,34 +44,66 @@ class Classification:
       mix: mixes images and targets, in training only: `mix(images, rng, valid)`, such as those of
         `data.transforms.mixing`. The accuracy of training is then that of naming the class with
         the larger share.
+      views: test-time augmentation: functions of images [b, h, w, c], by name. Held-out logits are
+        the mean of those of the image and of all its views (`cvjax.classification.views`).
+      teacher: a trained classifier to learn from, on the same augmented and mixed images (L. Beyer
+        et al., https://arxiv.org/abs/2106.05237). Its parameters are the group "teacher", which no
+        objective trains: `fit(initialize=...)` must load them (`train.restore.load_params` with
+        take={"model": "teacher", "model_state/batch_stats": "model_state/teacher/batch_stats"}).
+      teacher_weight: w in (1 - w) loss + w distillation.
+      temperature: of the distillation.
       mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default
         maps [0, 1] to [-1, 1].
+
+    Raises:
+      InputError: label_smoothing or teacher_weight outside [0, 1], or smoothed labels that do not
+        exclude each other.
     """
 
     model: nn.Module
+    loss_function: Callable[[jax.Array, jax.Array], jax.Array] = softmax_cross_entropy
+    exclusive: bool = True
     label_smoothing: float = 0.0
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed] | None = None
+    views: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None
+    teacher: nn.Module | None = None
+    teacher_weight: float = 0.5
+    temperature: float = 1.0
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
 
+    def __post_init__(self):
+        for field in ("label_smoothing", "teacher_weight"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise InputError(f"{field} is {getattr(self, field)}; it must be in [0, 1]")
+        if self.label_smoothing and not self.exclusive:
+            raise InputError(
+                f"label_smoothing is {self.label_smoothing}; without exclusive it must be 0"
+            )
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}; it must be above 0")
+
     @property
     def objectives(self) -> Sequence[Objective]:
-        """One: the cross-entropy, for the group "model"."""
+        """One, for the group "model"."""
         return (Objective("model", self.loss),)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
-        """Returns {"model": parameters} and the model's other collections."""
+        """Returns {"model": parameters} and the model's other collections; also the teacher's."""
         params_rng, dropout_rng = jax.random.split(rng)
-        variables = self.model.init(
-            {"params": params_rng, "dropout": dropout_rng}, self._input(batch), train=False
-        )
-        return {"model": variables.pop("params")}, variables
+        rngs, image = {"params": params_rng, "dropout": dropout_rng}, self._input(batch)
+        variables = self.model.init(rngs, image, train=False)
+        params = {"model": variables.pop("params")}
+        if self.teacher is not None:
+            variables["teacher"] = self.teacher.init(rngs, image, train=False)
+            params["teacher"] = variables["teacher"].pop("params")
+        return params, variables
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """The cross-entropy, mean over the valid examples; 0 when there is none."""
+        """The loss, mean over the valid examples; 0 when there is none."""
         valid = batch["valid"]
         any_valid = jnp.any(valid)
         dropout_rng, augment_rng, mix_rng = (jax.random.fold_in(rng, i) for i in range(3))
@@ -74,43 +114,53 @@ class Classification:
             mixed = self.mix(batch["image"], mix_rng, valid)
             batch = {**batch, "image": mixed.images}
         takes_valid = "valid" in inspect.signature(self.model.__call__).parameters
+        collections = _own(state.model_state)
         logits, model_state = self.model.apply(
-            {"params": params["model"], **state.model_state},
+            {"params": params["model"], **collections},
             self._input(batch),
             train=True,
             rngs={"dropout": dropout_rng},
-            mutable=list(state.model_state),
+            mutable=list(collections),
             # The statistics of no rows at all would be NaN.
             **({"valid": valid | ~any_valid} if takes_valid else {}),
         )
         model_state = jax.tree.map(
-            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
+            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), collections
         )
         target = _target(batch, logits.shape[-1])
         if mixed is not None:
             target = mixed.targets(target)
-        losses = _cross_entropy(logits, optax.smooth_labels(target, self.label_smoothing))
+        losses = self.loss_function(logits, optax.smooth_labels(target, self.label_smoothing))
+        metrics = self._metrics(losses, logits, target, valid)
+        if self.teacher is not None:
+            model_state["teacher"] = state.model_state["teacher"]
+            variables = {"params": params["teacher"], **model_state["teacher"]}
+            taught = self.teacher.apply(variables, self._input(batch), train=False)
+            distance = distillation(logits, taught, temperature=self.temperature)
+            metrics["distillation"] = mean(distance, valid)
+            losses = (1 - self.teacher_weight) * losses + self.teacher_weight * distance
         value = jnp.sum(jnp.where(valid, losses, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
-        return value, (model_state, _metrics(losses, logits, target, valid))
+        return value, (model_state, metrics)
 
     def evaluate(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
-        """Returns loss (cross-entropy without smoothing) and accuracy."""
+        """Returns loss (without smoothing and teacher) and accuracy (of all labels alike)."""
         logits = self._logits(params, model_state, batch)
         target = _target(batch, logits.shape[-1])
-        return _metrics(_cross_entropy(logits, target), logits, target, batch["valid"])
+        return self._metrics(self.loss_function(logits, target), logits, target, batch["valid"])
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns logits and probabilities, float32 [b, classes], and prediction, int32 [b]."""
+        """Returns logits and probabilities, float32 [b, classes], and prediction.
+
+        That is int32 [b], or bool [b, classes] of labels that do not exclude each other.
+        """
         logits = self._logits(params, model_state, batch)
-        return {
-            "logits": logits,
-            "probabilities": jax.nn.softmax(logits),
-            "prediction": jnp.argmax(logits, axis=-1),
-        }
+        probabilities = (jax.nn.softmax if self.exclusive else jax.nn.sigmoid)(logits)
+        prediction = jnp.argmax(logits, axis=-1) if self.exclusive else logits > 0
+        return {"logits": logits, "probabilities": probabilities, "prediction": prediction}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -122,9 +172,9 @@ class Classification:
         logits = self._logits(params, model_state, batch)
         valid = jnp.asarray(batch["valid"])
         target = _target(batch, logits.shape[-1])
-        losses = jnp.where(valid, _cross_entropy(logits, target), -jnp.inf)
+        losses = jnp.where(valid, self.loss_function(logits, target), -jnp.inf)
         worst = jnp.argsort(-losses)[:30]
-        right, valid = _is_right(logits, target)[worst], valid[worst]
+        right, valid = self._accuracy(logits, target)[worst] == 1, valid[worst]
         images = jnp.where(valid[:, None, None, None], jnp.asarray(batch["image"])[worst], 0.0)
 
         n, height, width, _ = images.shape
@@ -142,12 +192,33 @@ class Classification:
         return jnp.where(batch["valid"][:, None, None, None], image, 0.0)
 
     def _logits(self, params: Params, model_state: PyTree, batch: Batch) -> jax.Array:
-        variables = {"params": params["model"], **model_state}
-        return self.model.apply(variables, self._input(batch), train=False).astype(jnp.float32)
+        """Float32 [b, classes]: the mean over the image and its views."""
+        variables = {"params": params["model"], **_own(model_state)}
+        image = self._input(batch)
+        images = [image, *(view(image) for view in (self.views or {}).values())]
+        logits = [self.model.apply(variables, x, train=False).astype(jnp.float32) for x in images]
+        return sum(logits) / len(logits)
+
+    def _accuracy(self, logits: jax.Array, target: jax.Array) -> jax.Array:
+        """The share of an image's labels that are right, [b]: 0 or 1 where there is one class."""
+        if self.exclusive:
+            return jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
+        return jnp.mean((logits > 0) == (target > 0.5), axis=-1)
+
+    def _metrics(
+        self, losses: jax.Array, logits: jax.Array, target: jax.Array, valid: jax.Array
+    ) -> Metrics:
+        accuracy = self._accuracy(logits, target)
+        return {"loss": mean(losses, valid), "accuracy": mean(accuracy, valid)}
+
+
+def _own(model_state: PyTree) -> dict[str, PyTree]:
+    """The collections of the model itself."""
+    return {name: value for name, value in model_state.items() if name != "teacher"}
 
 
 def _target(batch: Batch, classes: int) -> jax.Array:
-    """Probabilities [b, classes] to be learnt: one-hot, or those given; zeros where not valid.
+    """What is to be learnt, [b, classes]: one-hot, or what is given; zeros where not valid.
 
     NaN where the label is no class: a row of zeros would be learnt as nothing, and nobody would
     know.
@@ -157,19 +228,3 @@ def _target(batch: Batch, classes: int) -> jax.Array:
         is_class = (label >= 0) & (label < classes)
         label = jnp.where(is_class[:, None], jax.nn.one_hot(label, classes), jnp.nan)
     return jnp.where(valid, label, 0.0)
-
-
-def _cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Cross-entropy, float32 [b], of logits with the target, both [b, classes]."""
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)
-
-
-def _is_right(logits: jax.Array, target: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
-
-
-def _metrics(losses: jax.Array, logits: jax.Array, target: jax.Array, valid: jax.Array) -> Metrics:
-    return {
-        "loss": mean(losses, valid),
-        "accuracy": mean(_is_right(logits, target), valid),
-    }

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from cvjax.build import build
+from cvjax.classification import losses, views
 from cvjax.classification.task import Classification
 from cvjax.data.transforms import mixing
+from cvjax.errors import InputError
 from cvjax.nn.resnet import ResNet
 from cvjax.train.task import Task
 
@@ -320,3 +322,95 @@ def test_a_config_names_the_mixing():
     task, batch = build(config), batch_of(4)
     params, model_state = task.init(jax.random.key(0), batch)
     assert is_finite(take_step(task, params, model_state, batch))
+
+
+def test_labels_that_do_not_exclude_each_other():
+    """Against float64 formulas; rows that are not valid hold NaN and count for nothing."""
+    task = Classification(Linear(), losses.sigmoid_cross_entropy, exclusive=False)
+    batch = batch_of(6)
+    draws = np.random.default_rng(1)
+    batch["label"] = (draws.random((6, CLASSES)) < 0.4).astype(np.float32)
+    batch["valid"][2] = False
+    batch["label"][2] = np.nan
+    params, model_state = task.init(jax.random.key(0), batch)
+    found = task.predict(params, model_state, batch, jax.random.key(0))
+    z, y = np.float64(found["logits"]), batch["label"]
+    p = 1 / (1 + np.exp(-z))
+    np.testing.assert_allclose(found["probabilities"], p, rtol=1e-5)
+    np.testing.assert_array_equal(found["prediction"], p > 0.5)
+    rows = batch["valid"]
+    entropy = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p), -1)[rows].mean()
+    metrics = task.evaluate(params, model_state, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"].compute(), entropy, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["accuracy"].compute(), np.mean((p > 0.5) == (y > 0.5), -1)[rows].mean(), rtol=1e-6
+    )
+    result = take_step(task, params, model_state, batch)
+    assert is_finite(result)
+    np.testing.assert_allclose(result[0][0], entropy, rtol=1e-5)
+
+
+def test_held_out_logits_are_the_mean_over_views():
+    batch = batch_of(4)
+    moves = {"rows": 1, "columns": -2, "mirror": True}
+    looks = {"mirror": views.mirrored, "shift": partial(views.shifted, **moves)}
+    task, plain = Classification(Linear(), views=looks), Classification(Linear())
+    params, model_state = task.init(jax.random.key(0), batch)
+
+    def logits(task, images):
+        seen = {**batch, "image": images}
+        return task.predict(params, model_state, seen, jax.random.key(0))["logits"]
+
+    pictures = batch["image"], batch["image"][:, :, ::-1], views.shifted(batch["image"], **moves)
+    expected = np.mean([logits(plain, x) for x in pictures], axis=0)
+    np.testing.assert_allclose(logits(task, batch["image"]), expected, rtol=1e-5, atol=1e-6)
+    # Views are for held-out images alone.
+    assert_equal(*(take_step(t, params, model_state, batch) for t in (task, plain)))
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 0), (1, 0), (-2, 1), (0, -3), (3, 3)])
+def test_shifted_views(rows, columns):
+    image = np.arange(5 * 6).reshape(1, 5, 6, 1).astype(np.float32)
+    moved = np.asarray(views.shifted(image, rows=rows, columns=columns))
+    for y, x in np.ndindex(5, 6):
+        source = y - rows, x - columns
+        source = [abs(i) if i < n else 2 * (n - 1) - i for i, n in zip(source, (5, 6), strict=True)]
+        assert moved[0, y, x, 0] == image[0, source[0], source[1], 0]
+
+
+def test_a_student_learns_from_a_teacher():
+    """The loss is (1 - w) CE + w T^2 KL, and the teacher never changes."""
+    task = Classification(
+        Linear(), teacher=ResNet(stem="cifar", width=4, stage_sizes=(1,), num_classes=CLASSES),
+        teacher_weight=0.3, temperature=2.0,
+    )  # fmt: skip
+    batch = batch_of(4)
+    params, model_state = task.init(jax.random.key(0), batch)
+    assert set(params) == {"model", "teacher"} and "batch_stats" in model_state["teacher"]
+    student, teacher = Classification(Linear()), Classification(task.teacher)
+    (value, (after, metrics)), _ = take_step(task, params, model_state, batch)
+    assert_equal(after["teacher"], model_state["teacher"])
+    plain = student.loss(params, SimpleNamespace(model_state={}), batch, jax.random.key(0))[0]
+    logits = [
+        t.predict({"model": params[group]}, state, batch, jax.random.key(0))["logits"]
+        for t, group, state in (
+            (student, "model", {}), (teacher, "teacher", model_state["teacher"])
+        )
+    ]  # fmt: skip
+    distance = losses.distillation(*logits, temperature=2.0).mean()
+    np.testing.assert_allclose(value, 0.7 * plain + 0.3 * distance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["distillation"].compute(), distance, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"teacher_weight": -1}, "teacher_weight is -1"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"label_smoothing": 0.1, "exclusive": False}, "without exclusive it must be 0"),
+    ],
+)
+def test_settings_that_make_no_sense(fields, message):
+    with pytest.raises(InputError, match=message):
+        Classification(Linear(), **fields)
