@@ -1,6 +1,7 @@
 """Reading a config, changing it by flags, and keeping it as JSON."""
 
 import ast
+import copy
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     fields that it does not take are dropped, those that it does take may be set by further
     flags, in whatever order. Raises InputError in one line for everything else.
     """
-    config = ConfigDict(config.to_dict())
+    config = copy.deepcopy(config)
     types_first = sorted(assignments, key=lambda pair: not pair[0].endswith(".type"))
     for path, text in types_first:
         *parents, last = path.split(".")
@@ -72,8 +73,16 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
 
 
 def save_json(config: ConfigDict) -> dict[str, Any]:
-    """The resolved config as plain data."""
+    """The resolved config as plain data, its fields in their order."""
     return json.loads(config.to_json_best_effort())
+
+
+def buildable(config: ConfigDict) -> dict[str, Any]:
+    """The same with tuples in place of lists: what `build` takes.
+
+    Not `ConfigDict.to_dict`, which sorts fields by name: transforms and stages have an order.
+    """
+    return _tuples(save_json(config))
 
 
 def load_json(path: Path) -> ConfigDict:

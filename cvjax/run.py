@@ -25,9 +25,32 @@ DATA = {"train", "test", "transforms", "threads", "processes", "retries", "bad_b
 
 
 def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
-    """Runs a config in a mode and returns the exit code."""
+    """Runs a config in a mode and returns the exit code.
+
+    A config with `stages`, {name: config}, is run stage after stage, each in a folder of its own in
+    `workdir`. The `initialize` of a stage that names no `path` takes the work directory of the
+    stage before it. Other modes are those of the last stage.
+    """
+    if "stages" not in config:
+        return _run(config, build(configs.buildable(config)), workdir, mode)
+    stages, previous = [], None
+    for name in configs.save_json(config)["stages"]:  # in their order
+        stage = config.stages[name]
+        if previous and "initialize" in stage and "path" not in stage.initialize:
+            with stage.unlocked():
+                stage.initialize.path = str(previous)
+        previous = workdir / name
+        # All are built first: a mistake in the last must not show after the first has trained.
+        stages.append((stage, build(configs.buildable(stage), f"config.stages.{name}"), previous))
+    for stage, built, folder in stages if mode == "train" else stages[-1:]:
+        log.info("stage %s", folder.name)
+        if code := _run(stage, built, folder, mode):
+            return code
+    return 0
+
+
+def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) -> int:
     plain = configs.save_json(config)
-    built = build(config.to_dict())
     data = built.pop("data")
     for name in data:
         if name not in DATA:

@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from cvjax.build import build
-from cvjax.config import differences, load_json, override, read, save_json
+from cvjax.config import buildable, differences, load_json, override, read, save_json
 from cvjax.errors import InputError
 from cvjax.nn.resnet import ResNet
 
@@ -48,7 +49,7 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         read(f"{root}/configs/classification.py:tiny"),
         [("task.model.width", "7"), ("task.model.type", "tests.test_build.Tiny")],
     )
-    built = build(config.to_dict())
+    built = build(buildable(config))
     assert built["task"].model == Tiny(num_classes=10, width=7)
     variables = jax.eval_shape(
         built["task"].init, jax.random.key(0), {"image": jax.numpy.zeros((2, 28, 28, 1)),
@@ -95,6 +96,15 @@ def test_overrides_keep_the_type_and_a_new_type_takes_its_own_fields():
     assert config.data.train.split == "train", "the config that was read is not touched"
 
 
+def test_fields_keep_their_order():
+    """Transforms and stages are applied as they were written, also after a flag."""
+    config = ConfigDict(dict(transforms=dict(zoom=dict(a=1), flip=dict(b=2), crop=dict(c=3))))
+    assert list(buildable(config)["transforms"]) == ["zoom", "flip", "crop"]
+    changed = override(config, [("transforms.flip.b", "5")])
+    assert list(buildable(changed)["transforms"]) == ["zoom", "flip", "crop"]
+    assert buildable(changed)["transforms"]["flip"] == {"b": 5}
+
+
 def test_json_round_trip(tmp_path):
     root = __file__.rsplit("/tests/", 1)[0]
     config = read(f"{root}/configs/classification.py")
@@ -104,6 +114,6 @@ def test_json_round_trip(tmp_path):
     path.write_text(json.dumps(save_json(config)))
     again = load_json(path)
     assert again.to_dict() == config.to_dict()
-    assert build(again.to_dict())["task"] == build(config.to_dict())["task"]
+    assert build(again.to_dict())["task"] == build(buildable(config))["task"]
     again.steps = 3
     assert differences(save_json(config), save_json(again)) == ["steps: 930 was, 3 is"]

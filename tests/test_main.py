@@ -101,7 +101,8 @@ def test_debug_shows_the_traceback():
 
 
 def linear(workdir, *flags, **options):
-    command = [sys.executable, "main.py", f"--config={LINEAR}", f"--workdir={workdir}", *flags]
+    flags = flags if any("--config=" in flag for flag in flags) else [f"--config={LINEAR}", *flags]
+    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
@@ -224,6 +225,44 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     assert main.main(["--mode=predict", workdir]) == 0
     predictions = np.load(tmp_path / "run/predictions.npz")
     assert predictions["sample"].shape == (1000, 28, 28, 1)
+
+
+STAGES = str(ROOT / "tests/recipe_stages.py")
+
+
+def test_stages_follow_one_another_and_resume_in_the_middle(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(linear(whole, f"--config={STAGES}"))
+    for stage, step in (("warm", 8), ("cold", 12)):
+        process = linear(
+            killed, f"--config={STAGES}", f"--config.stages.{stage}.data.train.seconds=0.01"
+        )
+        wait_for_step(process, killed / stage, step)
+        process.kill()
+        process.communicate()
+        assert (killed / "cold").exists() == (stage == "cold")
+    finish(linear(killed, f"--config={STAGES}"))
+    for stage, step in (("warm", 20), ("cold", 30)):
+        (at, arrays), (whole_at, whole_arrays) = final(killed / stage), final(whole / stage)
+        assert at == whole_at == step
+        for name, array in arrays.items():
+            assert np.asarray(array).tobytes() == np.asarray(whole_arrays[name]).tobytes(), name
+
+
+def test_a_stage_begins_with_what_the_one_before_has_learned(tmp_path):
+    still = "--config.stages.cold.optimizer.learning_rate=0.0"
+    finish(linear(tmp_path / "run", f"--config={STAGES}", still))
+    (_, first), (_, second) = final(tmp_path / "run/warm"), final(tmp_path / "run/cold")
+    for name, array in first.items():
+        if name.startswith("params/"):
+            np.testing.assert_array_equal(second[name], array)
+
+
+def test_a_mistake_in_the_last_stage_shows_before_the_first_begins(tmp_path, capfd):
+    flags = [f"--config={STAGES}", f"--workdir={tmp_path / 'run'}"]
+    assert main.main([*flags, "--config.stages.cold.optimizer.accumulate=0"]) == 2
+    assert "accumulate is 0" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)

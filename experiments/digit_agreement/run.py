@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 def load(workdir: Path):
     """The task, its newest state and its held-out data, from a work directory."""
-    built = build(configs.load_json(workdir / "config.json").to_dict())
+    built = build(configs.buildable(configs.load_json(workdir / "config.json")))
     data = built.pop("data")
     state = load_state(
         built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],

@@ -29,7 +29,7 @@ ROOT, STEPS, ROUNDS = Path(__file__).parents[2], 60, 5
 
 def main() -> None:
     """Prints a line for each round and the medians."""
-    built = build(configs.read(f"{ROOT}/configs/diffusion.py").to_dict())
+    built = build(configs.buildable(configs.read(f"{ROOT}/configs/diffusion.py")))
     task, source = built["task"], built["data"]["train"]
     batch_size, optimizer, ema = built["batch_size"], built["optimizer"], built["ema"]
     mesh, key = sharding.data_mesh(), jax.random.key(0)
