@@ -331,7 +331,7 @@ def _by_four_channels(
     """Applies `function(channels, number of the first)` of OpenCV, which takes four at most."""
     parts = []
     for first in range(0, image.shape[-1], 4):
-        part = function(np.ascontiguousarray(image[..., first : first + 4]), first)
+        part = function(image[..., first : first + 4], first)
         parts.append(part[..., None] if part.ndim == 2 else part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
