@@ -46,8 +46,10 @@ def visible(example: Example) -> Example:
     are no boxes, an object without any pixel in `masks` is dropped; without those, none is.
     """
     height, width = image_of(example).shape[:2]
-    _check_objects(example)
     example = dict(example)
+    if not _objects(example):
+        return example
+    _check_objects(example)
     if "keypoints" in example:
         x, y, visibility = np.moveaxis(example["keypoints"], -1, 0)
         inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
