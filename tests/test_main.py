@@ -18,7 +18,9 @@ from cvjax.train.writers import read_json_lines
 ROOT = Path(__file__).parents[1]
 LINEAR = str(ROOT / "tests/recipe_linear.py")
 DIFFUSION = str(ROOT / "configs/diffusion.py") + ":tiny"
+CLASSIFICATION = str(ROOT / "configs/classification.py") + ":tiny"
 DATA = "--config.data.train"
+AFFINE = "--config.data.transforms.affine"
 
 BAD = {
     "no config": ([], "--config is missing"),
@@ -67,6 +69,10 @@ BAD = {
     "halvings": (["--config.task.network.patch=3"], "multiples of 3"),
     "ema group": (["--config.ema.netwrok=0.9"], "did you mean network?"),
     "data field": (["--config.data.threds=3"], "did you mean threads?"),
+    "setting of a transform": (
+        [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees=-1.0 must be from 0"),
+    "field of a transform": (
+        [f"--config={CLASSIFICATION}", f"{AFFINE}.degree=1"], "did you mean degrees?"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
 }  # fmt: skip
