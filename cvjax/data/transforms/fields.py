@@ -53,11 +53,13 @@ def visible(example: Example) -> Example:
     if "keypoints" in example:
         x, y, visibility = np.moveaxis(example["keypoints"], -1, 0)
         inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
-        example["keypoints"] = np.stack([x, y, np.where(inside, visibility, 0)], axis=-1)
+        points = np.stack([x, y, np.where(inside, visibility, 0)], axis=-1)
+        example["keypoints"] = points.astype(np.float32)
     if "boxes" in example:
         x1, y1, x2, y2 = example["boxes"].T
         is_seen = (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
-        example["boxes"] = np.clip(example["boxes"], 0, np.float32([width, height, width, height]))
+        boxes = np.clip(example["boxes"], 0, [width, height, width, height])
+        example["boxes"] = boxes.astype(np.float32)
         return kept(example, is_seen)
     if "masks" in example:
         return kept(example, example["masks"].any(axis=(1, 2)))
