@@ -18,7 +18,9 @@ from cvjax.train.writers import read_json_lines
 ROOT = Path(__file__).parents[1]
 LINEAR = str(ROOT / "tests/recipe_linear.py")
 DIFFUSION = str(ROOT / "configs/diffusion.py") + ":tiny"
+CLASSIFICATION = str(ROOT / "configs/classification.py") + ":tiny"
 DATA = "--config.data.train"
+AFFINE = "--config.data.transforms.affine"
 
 BAD = {
     "no config": ([], "--config is missing"),
@@ -71,6 +73,10 @@ BAD = {
         [f"--config={ROOT}/configs/classification.py", "--config.task.model.num_classes=7"],
         "config.task.model.num_classes is 7, but config.data.train has 10 classes"),
     "alone": (["--distributed"], "leave the flag out"),
+    "setting of a transform": (
+        [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees=-1.0 must be from 0"),
+    "field of a transform": (
+        [f"--config={CLASSIFICATION}", f"{AFFINE}.degree=1"], "did you mean degrees?"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
 }  # fmt: skip

@@ -43,7 +43,7 @@ POINTS = [[(205, 40), (100, 120), (316, 122)], [(607, 142), (552, 228), (600, 40
 EXAMPLE_TRANSFORMS = {
     "flip": partial(geometry.random_flip, p=1.0),
     "vertical flip": partial(geometry.random_vertical_flip, p=1.0),
-    "quarter turn": geometry.random_quarter_turn,
+    "quarter turn": lambda example, rng: fields.quarter_turn(example, 1),
     "center crop": partial(geometry.center_crop, size=80),
     "random crop, reflect": partial(geometry.random_crop, padding=30, fill="reflect"),
     "random crop": partial(geometry.random_crop, size=(80, 100)),
@@ -144,7 +144,8 @@ def tiles(seed: int) -> dict[str, np.ndarray]:
         mixed = jax.jit(mix)(pair, key)
         result[f"{name} on device: {mixed.share[0]:.2f}"] = mixed.images[0]
     for name, transform in {
-        "crop": partial(batched.random_crop, padding=30), "flip": batched.random_flip,
+        "crop": partial(batched.random_crop, padding=30),
+        "flip": partial(batched.random_flip, p=1.0),
         "cutout": partial(batched.cutout, size=40),
         "erasing": partial(batched.random_erasing, p=1.0, fill=0.5),
     }.items():  # fmt: skip

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cvjax.data.loader import Loader
 from cvjax.data.sources import example_id
@@ -217,6 +217,29 @@ def test_folder_says_which_file_is_damaged(tmp_path, content):
     (tmp_path / "a" / "1.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot decode .*1.jpg"):
         Folder(tmp_path)[0]
+
+
+def test_a_jpeg_is_that_of_pillow_upright_and_a_cut_one_is_damaged(tmp_path):
+    """It is decoded by OpenCV, which must give the same pixels."""
+    (tmp_path / "a").mkdir()
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((41, 33))
+    expected = []
+    for number in range(8):
+        file, exif = tmp_path / "a" / f"{number}.jpg", Image.Exif()
+        exif[0x0112] = number + 1
+        settings = dict(subsampling=number % 3, progressive=number > 3, quality=50 + 5 * number)
+        smooth.save(file, exif=exif, **settings)
+        with Image.open(file) as image:
+            expected.append(np.asarray(ImageOps.exif_transpose(image)))
+    source = Folder(tmp_path)
+    for number, image in enumerate(expected):
+        np.testing.assert_array_equal(source[number]["image"], image)
+    content = (tmp_path / "a" / "0.jpg").read_bytes()
+    for length in (len(content) // 2, len(content) - 2):
+        (tmp_path / "a" / "0.jpg").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cannot decode .*0.jpg"):
+            source[0]
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pathlib
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -86,6 +87,14 @@ class Folder:
                     f"the header claims {image.width} x {image.height} pixels, more than "
                     f"max_pixels={self.max_pixels}"
                 )
+            if (image.format, image.mode, self.channels) == ("JPEG", "RGB", 3) and (
+                self.image_size is None
+            ):
+                # The same pixels, upright too, in two thirds of the time.
+                pixels = np.frombuffer(content, np.uint8)
+                array = cv2.imdecode(pixels, cv2.IMREAD_COLOR_RGB)
+                if array is not None:  # Else Pillow says what is wrong.
+                    return array
             upright = ImageOps.exif_transpose(image)
             picture = upright.convert(_MODES[self.channels])
         if self.image_size is not None:

@@ -23,7 +23,7 @@ def _look_up(image: Image, table: np.ndarray) -> Image:
     table = np.clip(np.rint(table), 0, 255).astype(np.uint8)
     if table.ndim == 2:
         return np.stack([_look_up(image[..., i], t) for i, t in enumerate(table.T)], axis=-1)
-    return cv2.LUT(np.ascontiguousarray(image), table).reshape(image.shape)
+    return cv2.LUT(image, table).reshape(image.shape)
 
 
 def _levels() -> np.ndarray:
@@ -34,17 +34,23 @@ def _grey(image: Image) -> Image:
     """Returns the brightness, uint8 [h, w]: 0.299 red + 0.587 green + 0.114 blue."""
     if image.shape[-1] != 3:
         return np.rint(image.mean(axis=-1)).astype(np.uint8)
-    return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def _weighted(image: Image, a: float, other: Image, b: float, offset: float = 0.0) -> Image:
+    """Returns a * image + b * other + offset, rounded and clipped."""
+    return cv2.addWeighted(image, a, other, b, offset).reshape(image.shape)
 
 
 def brightness(image: Image, factor: float) -> Image:
     """Multiplies all values."""
-    return _look_up(image, factor * _levels())
+    return _weighted(image, factor, image, 0)
 
 
 def contrast(image: Image, factor: float) -> Image:
     """Multiplies the distance of all values from the image's mean brightness."""
-    return _look_up(image, _grey(image).mean() * (1 - factor) + factor * _levels())
+    mean = cv2.mean(_grey(image))[0]
+    return _weighted(image, factor, image, 0, mean * (1 - factor))
 
 
 def saturation(image: Image, factor: float) -> Image:
@@ -52,7 +58,7 @@ def saturation(image: Image, factor: float) -> Image:
     if image.shape[-1] != 3:
         return image
     grey = cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(np.ascontiguousarray(image), factor, grey, 1 - factor, 0)
+    return _weighted(image, factor, grey, 1 - factor)
 
 
 def hue(image: Image, turn: float) -> Image:
@@ -61,8 +67,8 @@ def hue(image: Image, turn: float) -> Image:
         return image
     # In float32: the 8-bit hue of OpenCV or Pillow costs up to five levels.
     pixels = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
-    pixels[..., 0] = (pixels[..., 0] + 360 * turn) % 360
-    return np.rint(cv2.cvtColor(pixels, cv2.COLOR_HSV2RGB)).astype(np.uint8)
+    pixels[..., 0] += 360 * (turn % 1)  # Degrees: the way back takes any from 0 to 720.
+    return cv2.convertScaleAbs(cv2.cvtColor(pixels, cv2.COLOR_HSV2RGB))  # It rounds to uint8.
 
 
 def grayscale(image: Image) -> Image:

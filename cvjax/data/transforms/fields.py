@@ -46,16 +46,20 @@ def visible(example: Example) -> Example:
     are no boxes, an object without any pixel in `masks` is dropped; without those, none is.
     """
     height, width = image_of(example).shape[:2]
-    _check_objects(example)
     example = dict(example)
+    if not _objects(example):
+        return example
+    _check_objects(example)
     if "keypoints" in example:
         x, y, visibility = np.moveaxis(example["keypoints"], -1, 0)
         inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
-        example["keypoints"] = np.stack([x, y, np.where(inside, visibility, 0)], axis=-1)
+        points = np.stack([x, y, np.where(inside, visibility, 0)], axis=-1)
+        example["keypoints"] = points.astype(np.float32)
     if "boxes" in example:
         x1, y1, x2, y2 = example["boxes"].T
         is_seen = (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
-        example["boxes"] = np.clip(example["boxes"], 0, np.float32([width, height, width, height]))
+        boxes = np.clip(example["boxes"], 0, [width, height, width, height])
+        example["boxes"] = boxes.astype(np.float32)
         return kept(example, is_seen)
     if "masks" in example:
         return kept(example, example["masks"].any(axis=(1, 2)))
@@ -331,7 +335,7 @@ def _by_four_channels(
     """Applies `function(channels, number of the first)` of OpenCV, which takes four at most."""
     parts = []
     for first in range(0, image.shape[-1], 4):
-        part = function(np.ascontiguousarray(image[..., first : first + 4]), first)
+        part = function(image[..., first : first + 4], first)
         parts.append(part[..., None] if part.ndim == 2 else part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 

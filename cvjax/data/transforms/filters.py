@@ -23,7 +23,6 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """
     if min(image.shape[:2]) < 3:
         return image
-    image = np.ascontiguousarray(image)
     smooth = image.copy()
     inner = cv2.filter2D(image, -1, _SMOOTH).reshape(image.shape)
     smooth[1:-1, 1:-1] = inner[1:-1, 1:-1]
@@ -41,9 +40,7 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel /= kernel.sum()
     # cv2.GaussianBlur would round the weights to 8 bits.
-    blurred = cv2.sepFilter2D(
-        np.ascontiguousarray(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101
-    )
+    blurred = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
     return blurred.reshape(image.shape)
 
 

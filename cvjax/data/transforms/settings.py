@@ -1,17 +1,19 @@
 """Checks of the settings of transforms: each raises an InputError of one line."""
 
-import numbers
 from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from cvjax.errors import InputError, nearest
 
+_WHOLE, _NUMBER = (int, np.integer), (int, float, np.integer, np.floating)
 Size = int | Sequence[int]  # the side of a square, or (height, width)
 
 
 def check_between(low: float, high: float, **settings: float) -> None:
     """Raises InputError unless low <= setting <= high."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, _NUMBER):
             raise InputError(f"{name}={value!r} must be a number")
         if not low <= value <= high:
             raise InputError(f"{name}={value} must be from {low:g} to {high:g}")
@@ -20,7 +22,7 @@ def check_between(low: float, high: float, **settings: float) -> None:
 def check_count(least: int, **settings: int) -> None:
     """Raises InputError unless each setting is a whole number that is at least so large."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        if isinstance(value, bool) or not isinstance(value, _WHOLE) or value < least:
             raise InputError(f"{name}={value!r} must be a whole number, at least {least}")
 
 
@@ -52,6 +54,6 @@ def height_and_width(size: Size) -> tuple[int, int]:
 def check_fill(channels: int, fill: object) -> None:
     """Raises InputError unless `fill` is a value from 0 to 255, or one for each channel."""
     values = fill if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
-    is_level = [isinstance(v, numbers.Real) and 0 <= v <= 255 for v in values]
+    is_level = [isinstance(v, _NUMBER) and 0 <= v <= 255 for v in values]
     if not all(is_level) or len(values) not in (1, channels):
         raise InputError(f"fill={fill!r} must be from 0 to 255, or {channels} such values")

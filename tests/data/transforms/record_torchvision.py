@@ -34,7 +34,7 @@ def cases():
     for factor in (0.0, 0.3, 1.0, 1.7):
         for name in ("brightness", "contrast", "saturation", "sharpness"):
             yield f"adjust_{name}", (factor,)
-    for turn in (-0.5, -0.2, 0.1, 0.37):
+    for turn in (-0.5, -0.2, -0.02, 0.1, 0.37, 0.5):
         yield "adjust_hue", (turn,)
     for threshold in (0, 100, 255):
         yield "solarize", (threshold,)

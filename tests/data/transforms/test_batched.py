@@ -102,6 +102,17 @@ def test_what_is_not_valid_is_nobodys_partner(name):
         np.testing.assert_allclose(mixed.images, constant_images(8), rtol=1e-6)
 
 
+def test_a_batch_on_several_devices_is_mixed_as_one():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    mix = jax.jit(mixing.mixup_or_cutmix)
+    images = constant_images(16).copy()
+    for seed in range(3):
+        whole = mix(images, jax.random.key(seed))
+        shared = mix(jax.device_put(images, rows), jax.random.key(seed))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), whole, shared)
+
+
 def test_every_other_image_is_as_likely_a_partner():
     draw = jax.jit(jax.vmap(lambda key: mixing._partners(key, jnp.zeros((4, 1)), None)))
     partners = np.asarray(draw(jax.random.split(jax.random.key(0), 3000)))

@@ -234,6 +234,13 @@ def test_a_box_that_touches_the_image_from_outside_is_gone_and_a_point_in_it_sta
         assert len(geometry.random_flip(given, np.random.default_rng(seed))["boxes"]) == 2
 
 
+def test_a_window_beside_the_image_shows_nothing_of_it():
+    for top, left in ((20, 0), (-20, 0), (0, 30), (0, -30), (9, 12)):
+        result = fields.crop(scene(), top, left, 8, 5, fill=7)
+        assert (result["image"] == 7).all() and (result["mask"] == 255).all()
+        assert len(result["boxes"]) == len(result["masks"]) == len(result["keypoints"]) == 0
+
+
 def test_masks_alone_and_points_alone():
     masks = np.zeros((2, 6, 6), bool)
     masks[0, :2], masks[1, 3:] = True, True
