@@ -31,12 +31,12 @@ def get_config(tiny: bool = False) -> ConfigDict:
         type="multitask.task.MultiTask",
         backbone=dict(
             type="nn.features.Patches",
-            patch=4,
+            patch=2,
             backbone=dict(
                 type="nn.resnet.ResNet",
                 stem="cifar",
-                width=48,
-                stage_sizes=(1, 1, 1),
+                width=16,
+                stage_sizes=(1, 1, 1, 1),
                 dtype="float32",
                 remat=False,
             ),
@@ -47,8 +47,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
                 module=dict(
                     type="segmentation.heads.UNet",
                     num_classes=11,
-                    features=(64, 48),
-                    subpixel=4,
+                    features=(48, 32, 16),
+                    subpixel=2,
                     dtype="float32",
                 ),
                 criterion=dict(
@@ -89,6 +89,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.steps, config.batch_size = 4, 16
         config.log_every = config.evaluate_every = 2
         config.data.train.count = config.data.test.count = 32
-        config.task.backbone.backbone.width = 4
-        config.task.heads.pixels.module.features = (8, 8)
+        config.task.backbone.backbone.update(width=4, stage_sizes=(1, 1))
+        config.task.heads.pixels.module.features = (8,)
     return config
