@@ -6,11 +6,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2600
+    config.steps = 2400
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 700
+    config.evaluate_every = 800
     config.best = "segmentation/mean_iou"
 
     config.data = dict(
@@ -29,21 +29,24 @@ def get_config(tiny: bool = False) -> ConfigDict:
         model=dict(
             type="segmentation.model.Segmenter",
             backbone=dict(
-                type="nn.resnet.ResNet",
-                stem="cifar",
-                width=48,
-                stage_sizes=(1, 1, 1),
-                dtype="float32",
-                remat=False,
+                type="nn.features.Patches",
+                patch=2,
+                backbone=dict(
+                    type="nn.resnet.ResNet",
+                    stem="cifar",
+                    width=16,
+                    stage_sizes=(1, 1, 1, 1),
+                    dtype="float32",
+                    remat=False,
+                ),
             ),
             head=dict(
                 type="segmentation.heads.UNet",
                 num_classes=11,
-                features=(64, 48),
-                subpixel=4,
+                features=(48, 32, 16),
+                subpixel=2,
                 dtype="float32",
             ),
-            patch=4,
         ),
         losses=dict(
             cross_entropy=dict(type="segmentation.losses.cross_entropy"),
@@ -56,8 +59,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
     )
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adamw"),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=5e-3),
+        transform=dict(type="optax.adamw", b2=0.99),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.15),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=5.0,
         accumulate=1,
@@ -68,6 +71,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.steps, config.batch_size = 4, 16
         config.log_every = config.evaluate_every = 2
         config.data.train.count = config.data.test.count = 32
-        config.task.model.backbone.width = 4
-        config.task.model.head.features = (8, 8)
+        config.task.model.backbone.backbone.update(width=4, stage_sizes=(1, 1))
+        config.task.model.head.features = (8,)
     return config

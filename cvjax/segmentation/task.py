@@ -89,7 +89,7 @@ class Segmentation:
         model_state = jax.tree.map(
             lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
         )
-        value, metrics = self._measure(logits, batch)
+        value, metrics = measure(logits, batch, losses=self.losses, weights=self.weights)
         return value, (model_state, metrics)
 
     def evaluate(
@@ -102,7 +102,7 @@ class Segmentation:
         is the mean over batches.
         """
         logits = self.logits(params, model_state, batch["image"], batch["valid"])
-        return self._measure(logits, batch)[1]
+        return measure(logits, batch, losses=self.losses, weights=self.weights)[1]
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -140,22 +140,45 @@ class Segmentation:
         image = (image - jnp.array(self.mean)) / jnp.array(self.std)
         return image if valid is None else jnp.where(valid[:, None, None, None], image, 0.0)
 
-    def _measure(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the losses, and all metrics."""
-        mask = _truth(batch)
-        counts = counted(mask)
-        pixels = jnp.sum(counts)
-        values = {name: loss(logits, mask) for name, loss in self.losses.items()}
-        total = sum(self.weights.get(name, 1.0) * value for name, value in values.items())
-        reported = {"loss": total, **(values if len(values) > 1 else {})}
-        metrics = {
-            name: Average(total=value * pixels, count=pixels) for name, value in reported.items()
-        }
-        return total, {**metrics, "accuracy": mean(jnp.argmax(logits, axis=-1) == mask, counts)}
+
+def measure(
+    logits: jax.Array,
+    batch: Batch,
+    *,
+    losses: Mapping[str, Loss],
+    weights: Mapping[str, float] | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The weighted sum of losses over the pixels that count, and all metrics.
+
+    Args:
+      logits: [b, h, w, classes].
+      batch: has `mask`, integers [b, h, w], 255 where a pixel does not count, and `valid`.
+      losses: (logits, mask) -> scalar, by name.
+      weights: of the losses, by name; 1 where none is given.
+
+    Returns:
+      The sum, and as metrics loss (that sum), each loss by its name where there are several, and
+      accuracy, each with the number of pixels that count.
+    """
+    mask = _truth(batch)
+    counts = counted(mask)
+    pixels = jnp.sum(counts)
+    values = {name: loss(logits, mask) for name, loss in losses.items()}
+    total = sum((weights or {}).get(name, 1.0) * value for name, value in values.items())
+    reported = {"loss": total, **(values if len(values) > 1 else {})}
+    metrics = {
+        name: Average(total=value * pixels, count=pixels) for name, value in reported.items()
+    }
+    return total, {**metrics, "accuracy": mean(jnp.argmax(logits, axis=-1) == mask, counts)}
 
 
 def side_by_side(logits: jax.Array, batch: Batch) -> jax.Array:
-    """One picture [H, W, 3]: each image, its true mask and the predicted one, painted over it."""
+    """One picture [H, W, 3]: the first 12 images, each beside its true and its predicted mask.
+
+    The masks are painted over the image. `logits` are [b, h, w, classes]; see `Segmentation`.
+    """
+    batch = {name: jnp.asarray(batch[name])[:SHOWN] for name in ("image", "mask", "valid")}
+    logits = logits[:SHOWN]
     valid = jnp.asarray(batch["valid"])[:, None, None]
     images = jnp.where(valid[..., None], jnp.clip(jnp.asarray(batch["image"]), 0.0, 1.0), 0.0)
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))

@@ -18,9 +18,9 @@ from cvjax.errors import InputError, nearest
 _SPLITS = ("train", "test")
 _FIELDS = ("image", "mask", "instance", "boxes", "present")
 _DIGITS = (2, 4)  # the fewest and the most that are placed in a scene
-_SCALE = (1.4, 2.2)  # of a digit: MNIST's 20 x 20 pixels become 28 to 44
-_DEGREES = 20.0  # the largest turn: a 6 shall not become a 9
-_CLUTTER = 10  # the most pieces
+_SCALE = (1.5, 2.4)  # of a digit: MNIST's 20 x 20 pixels become 30 to 48
+_DEGREES = 15.0  # the largest turn: a 6 shall not become a 9
+_CLUTTER = 8  # the most pieces
 _HIDDEN = 0.03  # the largest share of an earlier digit that a later one may hide
 _ATTEMPTS = 8  # at finding a place for a digit before it is left out
 
@@ -113,7 +113,7 @@ class Scenes:
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """Smooth noise of three grain sizes about a dark colour, float32 [size, size, 3]."""
     texture = np.full((size, size, 3), 1 - _bright(rng))
-    for cells, strength in ((3, 0.2), (8, 0.12), (24, 0.1)):
+    for cells, strength in ((3, 0.15), (8, 0.08), (24, 0.06)):
         noise = rng.uniform(-strength, strength, (cells, cells, 3)).astype(np.float32)
         planes = [
             Image.fromarray(noise[..., i]).resize((size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,192 @@
+"""Several predictions from one backbone, trained together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from clu.metrics import Average
+
+from cvjax.errors import InputError, nearest
+from cvjax.nn.features import ordered_features
+from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.task import Batch, Metrics, Objective
+
+WEIGHTINGS = ("fixed", "uncertainty")
+LOG_VARIANCE = "log_variance"
+
+
+@dataclass(frozen=True)
+class Head:
+    """One of the predictions, and what becomes of it.
+
+    Attributes:
+      module: called as `module(maps, size, train=..., valid=...)` with the maps of the backbone,
+        the finest first, and the height and width of the image; returns its outputs. The heads of
+        `cvjax.segmentation.heads` and `cvjax.multitask.multilabel.Pooled` are such modules.
+      criterion: (outputs, batch) -> (scalar loss, metrics), where nothing counts that is not
+        `valid`: `cvjax.segmentation.task.measure`, `cvjax.multitask.multilabel.measure`.
+      predict: outputs -> what evaluators see under the name of the head; None for the outputs.
+      picture: (outputs, batch) -> an image [H, W, 1 or 3] in [0, 1] for people; None for none.
+      weight: of the loss, where weights are fixed.
+    """
+
+    module: nn.Module
+    criterion: Callable[[PyTree, Batch], tuple[jax.Array, Metrics]]
+    predict: Callable[[PyTree], jax.Array] | None = None
+    picture: Callable[[PyTree, Batch], jax.Array] | None = None
+    weight: float = 1.0
+
+
+class Network(nn.Module):
+    """A backbone and the modules of its heads, by name."""
+
+    backbone: nn.Module
+    heads: Mapping[str, nn.Module]
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> dict[str, PyTree]:
+        """Returns the outputs of each head for images [b, h, w, c], normalized."""
+        maps = ordered_features(self.backbone, x, train=train, valid=valid)
+        size = x.shape[1:3]
+        return {
+            name: head(maps, size, train=train, valid=valid) for name, head in self.heads.items()
+        }
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """Trains one backbone and several heads with a weighted sum of their losses.
+
+    A batch is {"image": float32 [b, h, w, c] in [0, 1], "valid": bool [b]} and what the criteria
+    need besides. The metrics of a head come as `<head>/<metric>`.
+
+    Attributes:
+      backbone: a module with `features(x, *, train)` and `strides`.
+      heads: by name.
+      weighting: "fixed": the sum of weight * loss. "uncertainty": each head learns a log-variance
+        s, and the sum is of exp(-s) loss + s / 2 (A. Kendall, Y. Gal, R. Cipolla: Multi-Task
+        Learning Using Uncertainty to Weigh Losses, https://arxiv.org/abs/1705.07115, equation 10,
+        for losses that are negative log-likelihoods of classes); the fixed weights are not used.
+      mean, std: the backbone sees (image - mean) / std: numbers, or one for each channel.
+
+    Raises:
+      InputError: there are no heads, or no such weighting.
+    """
+
+    backbone: nn.Module
+    heads: Mapping[str, Head]
+    weighting: str = "fixed"
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+
+    def __post_init__(self):
+        if not self.heads:
+            raise InputError("MultiTask: heads is empty; there must be at least one")
+        if self.weighting not in WEIGHTINGS:
+            raise InputError(
+                f"MultiTask: weighting is {self.weighting!r}{nearest(self.weighting, WEIGHTINGS)}"
+            )
+
+    @property
+    def network(self) -> Network:
+        """The backbone and the heads as one module."""
+        return Network(self.backbone, {name: head.module for name, head in self.heads.items()})
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """One: the sum of the heads' losses, for the group "model"."""
+        return (Objective("model", self.loss),)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
+        """Returns {"model": {"backbone": ..., "heads_<name>": ...}} and other collections.
+
+        With uncertainties there also is "log_variance", one number for each head, 0 at first.
+        """
+        params_rng, dropout_rng = jax.random.split(rng)
+        rngs = {"params": params_rng, "dropout": dropout_rng}
+        variables = self.network.init(rngs, self._input(batch), train=False)
+        params = variables.pop("params")
+        if self.weighting == "uncertainty":
+            params = {**params, LOG_VARIANCE: {name: jnp.zeros(()) for name in self.heads}}
+        return {"model": params}, variables
+
+    def loss(
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The weighted sum of the losses of the heads."""
+        valid = batch["valid"]
+        any_valid = jnp.any(valid)
+        outputs, model_state = self.network.apply(
+            self._variables(params, state.model_state),
+            self._input(batch),
+            train=True,
+            valid=valid | ~any_valid,  # The statistics of no rows at all would be NaN.
+            rngs={"dropout": rng},
+            mutable=list(state.model_state),
+        )
+        model_state = jax.tree.map(
+            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
+        )
+        value, metrics = self._measure(params, outputs, batch)
+        return value, (model_state, metrics)
+
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
+        """Returns the weighted loss and the metrics of each head."""
+        return self._measure(params, self._outputs(params, model_state, batch), batch)[1]
+
+    def predict(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the prediction of each head under its name."""
+        outputs = self._outputs(params, model_state, batch)
+        return {
+            name: head.predict(outputs[name]) if head.predict else outputs[name]
+            for name, head in self.heads.items()
+        }
+
+    def visualize(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the picture of each head that has one."""
+        outputs = self._outputs(params, model_state, batch)
+        return {
+            name: head.picture(outputs[name], batch)
+            for name, head in self.heads.items()
+            if head.picture
+        }
+
+    def _measure(
+        self, params: Params, outputs: dict[str, PyTree], batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        total, found = 0.0, {}
+        count = jnp.sum(batch["valid"])
+        for name, head in self.heads.items():
+            value, metrics = head.criterion(outputs[name], batch)
+            found |= {f"{name}/{metric}": one for metric, one in metrics.items()}
+            if self.weighting == "fixed":
+                total += head.weight * value
+                continue
+            s = params["model"][LOG_VARIANCE][name]
+            # A batch of nothing teaches nothing, about the variances neither.
+            total += jnp.where(count > 0, jnp.exp(-s) * value + s / 2, 0.0)
+            found[f"{name}/weight"] = Average(total=jnp.exp(-s) * count, count=count)
+        return total, {"loss": Average(total=total * count, count=count), **found}
+
+    def _variables(self, params: Params, model_state: PyTree) -> PyTree:
+        modules = {name: one for name, one in params["model"].items() if name != LOG_VARIANCE}
+        return {"params": modules, **model_state}
+
+    def _outputs(self, params: Params, model_state: PyTree, batch: Batch) -> dict[str, PyTree]:
+        variables = self._variables(params, model_state)
+        return self.network.apply(variables, self._input(batch), train=False)
+
+    def _input(self, batch: Batch) -> jax.Array:
+        """The normalized images; zeros where not valid, whatever (NaN, even) is there."""
+        image = (batch["image"] - jnp.array(self.mean)) / jnp.array(self.std)
+        return jnp.where(batch["valid"][:, None, None, None], image, 0.0)

@@ -1,0 +1,58 @@
+"""The maps of any backbone, as heads of segmenters and of several tasks read them."""
+
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cvjax.errors import InputError
+from cvjax.nn.unet import space_to_depth
+
+
+def ordered_features(
+    backbone: nn.Module, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+) -> list[jax.Array]:
+    """The maps [b, h_i, w_i, c_i] of images [b, h, w, c] in the order of their strides.
+
+    The finest comes first, and of equal strides the one named first. `valid`, bool [b], says which
+    rows are real; a backbone whose `features` does not take it is not told.
+    """
+    takes_valid = "valid" in inspect.signature(backbone.features).parameters
+    maps = backbone.features(x, train=train, **({"valid": valid} if takes_valid else {}))
+    return [maps[name] for name in sorted(backbone.strides, key=backbone.strides.get)]
+
+
+class Patches(nn.Module):
+    """A backbone that sees squares of pixels, stacked as channels, in place of pixels.
+
+    Nothing of the image is lost, all strides are `patch` times as large, and the maps cost so much
+    less. Zeros fill up the last squares of an image whose sides are no multiples of `patch`.
+
+    Attributes:
+      backbone: a module with `features` and `strides`.
+      patch: height and width of a square.
+    """
+
+    backbone: nn.Module
+    patch: int = 2
+
+    def __post_init__(self):
+        if self.patch < 1:
+            raise InputError(f"Patches: patch is {self.patch}; it must be at least 1")
+        super().__post_init__()
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels of the image for one of the map."""
+        return {name: self.patch * stride for name, stride in self.backbone.strides.items()}
+
+    @nn.compact
+    def features(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The maps of the backbone, by their names."""
+        height, width = (-side % self.patch for side in x.shape[1:3])
+        x = space_to_depth(jnp.pad(x, ((0, 0), (0, height), (0, width), (0, 0))), self.patch)
+        takes_valid = "valid" in inspect.signature(self.backbone.features).parameters
+        return self.backbone.features(x, train=train, **({"valid": valid} if takes_valid else {}))

@@ -1,0 +1,187 @@
+"""Several heads: the weights, the metrics, what is not valid, and equality with one head alone."""
+
+import functools
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.errors import InputError
+from cvjax.multitask.multilabel import Pooled, measure
+from cvjax.multitask.task import Head, MultiTask
+from cvjax.segmentation.heads import FCN
+from cvjax.segmentation.losses import cross_entropy
+from cvjax.segmentation.model import Segmenter
+from cvjax.segmentation.task import Segmentation, side_by_side
+from cvjax.segmentation.task import measure as measure_pixels
+from cvjax.train.task import Task
+
+CLASSES = 3
+
+
+class Backbone(nn.Module):
+    strides = {"fine": 1, "coarse": 2}
+
+    @nn.compact
+    def features(self, x, *, train=False, valid=None):
+        fine = nn.Conv(4, (3, 3), name="fine")(x)
+        mask = None if valid is None else valid[:, None, None, None]
+        fine = nn.relu(nn.BatchNorm(not train, name="norm")(fine, mask=mask))
+        coarse = nn.Conv(5, (2, 2), strides=2, name="coarse")(fine)
+        return {"coarse": coarse, "fine": fine}
+
+
+PIXELS = Head(
+    FCN(CLASSES, maps=2),
+    functools.partial(measure_pixels, losses={"cross_entropy": cross_entropy}),
+    predict=functools.partial(jnp.argmax, axis=-1),
+    picture=side_by_side,
+    weight=0.5,
+)
+PRESENT = Head(Pooled(2), measure, weight=3.0)
+FIXED = MultiTask(Backbone(), {"pixels": PIXELS, "present": PRESENT})
+LEARNED = MultiTask(Backbone(), {"pixels": PIXELS, "present": PRESENT}, "uncertainty")
+
+
+def batch_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.uniform(size=(n, 6, 7, 1)).astype(np.float32),
+        "mask": rng.choice(np.array([0, 1, 2, 255], np.uint8), size=(n, 6, 7)),
+        "present": rng.integers(0, 2, (n, 2)).astype(np.uint8),
+        "valid": np.ones(n, bool),
+    }
+
+
+@functools.cache
+def initialized(task_name):
+    return jax.jit(TASKS[task_name].init)(jax.random.key(0), batch_of(4))
+
+
+TASKS = {"fixed": FIXED, "learned": LEARNED}
+
+
+@functools.cache
+def step_of(task_name):
+    task = TASKS[task_name]
+
+    @jax.jit
+    def step(params, model_state, batch):
+        state, key = SimpleNamespace(model_state=model_state), jax.random.key(1)
+        trained = jax.value_and_grad(task.loss, has_aux=True)(params, state, batch, key)
+        return trained, task.evaluate(params, model_state, batch, key)
+
+    return step
+
+
+def test_the_loss_is_the_weighted_sum():
+    params, model_state = initialized("fixed")
+    ((value, (_, metrics)), _), held_out = step_of("fixed")(params, model_state, batch_of(4))
+    for found in (metrics, held_out):
+        assert set(found) == {
+            "loss", "pixels/loss", "pixels/accuracy",
+            "present/loss", "present/accuracy", "present/all_right",
+        }  # fmt: skip
+        parts = 0.5 * found["pixels/loss"].compute() + 3 * found["present/loss"].compute()
+        np.testing.assert_allclose(found["loss"].compute(), parts, rtol=1e-6)
+    np.testing.assert_allclose(value, metrics["loss"].compute(), rtol=1e-6)
+
+
+def test_uncertainties_are_those_of_the_paper_and_find_their_minimum():
+    params, model_state = initialized("learned")
+    start = params["model"]["log_variance"]
+    assert start == {"pixels": 0, "present": 0}
+    params["model"]["log_variance"] = {"pixels": jnp.float32(0.7), "present": jnp.float32(-1.2)}
+    ((value, (_, found)), gradient), _ = step_of("learned")(params, model_state, batch_of(4))
+    losses = {name: float(found[f"{name}/loss"].compute()) for name in ("pixels", "present")}
+    expected = sum(
+        np.exp(-s) * losses[name] + s / 2 for name, s in (("pixels", 0.7), ("present", -1.2))
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(found["pixels/weight"].compute(), np.exp(-0.7), rtol=1e-6)
+    # The minimum in s is where exp(-s) loss = 1 / 2.
+    best = {name: jnp.log(2 * loss) for name, loss in losses.items()}
+    params["model"]["log_variance"] = best
+    (_, gradient), _ = step_of("learned")(params, model_state, batch_of(4))
+    for slope in gradient["model"]["log_variance"].values():
+        assert abs(slope) < 1e-6
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_not_valid_changes_nothing_bit_for_bit(name):
+    assert isinstance(TASKS[name], Task)
+    one, other = batch_of(5), batch_of(5)
+    one["valid"][[0, 3]] = other["valid"][[0, 3]] = False
+    other["image"][[0, 3]] = np.nan
+    other["mask"][[0, 3]], other["present"][[0, 3]] = 99, 7
+    step = functools.partial(step_of(name), *initialized(name))
+    jax.tree.map(np.testing.assert_array_equal, step(one), step(other))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(other)))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_of_nothing_teaches_nothing(name):
+    params, model_state = initialized(name)
+    batch = batch_of(5)
+    batch["valid"][:] = False
+    ((value, (new_state, _)), gradient), _ = step_of(name)(params, model_state, batch)
+    assert value == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(np.testing.assert_array_equal, new_state, model_state)
+
+
+def test_one_head_is_the_task_of_its_own():
+    alone = Segmentation(Segmenter(Backbone(), PIXELS.module))
+    several = MultiTask(Backbone(), {"pixels": PIXELS})
+    batch = batch_of(4)
+    params, model_state = jax.jit(several.init)(jax.random.key(0), batch)
+    names = {"backbone": "backbone", "head": "heads_pixels"}
+    same = {"model": {here: params["model"][there] for here, there in names.items()}}
+    state = {
+        "batch_stats": {"backbone": model_state["batch_stats"]["backbone"]},
+    }
+    key = jax.random.key(0)
+    one, two = (
+        alone.evaluate(same, state, batch, key),
+        several.evaluate(params, model_state, batch, key),
+    )
+    np.testing.assert_array_equal(one["loss"].total, two["pixels/loss"].total)
+    np.testing.assert_array_equal(
+        alone.predict(same, state, batch, key)["prediction"],
+        several.predict(params, model_state, batch, key)["pixels"],
+    )
+    np.testing.assert_array_equal(
+        alone.visualize(same, state, batch, key)["segmentation"],
+        several.visualize(params, model_state, batch, key)["pixels"],
+    )
+
+
+def test_predictions_and_pictures_of_each_head():
+    params, model_state = initialized("fixed")
+    found = FIXED.predict(params, model_state, batch_of(3), None)
+    assert found["pixels"].shape == (3, 6, 7) and found["present"].shape == (3, 2)
+    assert set(FIXED.visualize(params, model_state, batch_of(3), None)) == {"pixels"}
+
+
+def test_multilabel_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(size=(5, 4)), rng.integers(0, 2, (5, 4))
+    valid = np.array([True, True, False, True, True])
+    batch = {"digits": truth, "valid": valid}
+    value, metrics = measure(jnp.float32(logits), batch, field="digits")
+    p = 1 / (1 + np.exp(-logits[valid]))
+    expected = -np.where(truth[valid], np.log(p), np.log(1 - p)).mean()
+    right = (p > 0.5) == truth[valid]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"].compute(), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"].compute(), right.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["all_right"].compute(), right.all(1).mean(), rtol=1e-6)
+
+
+def test_what_cannot_be_trained():
+    with pytest.raises(InputError, match="heads is empty"):
+        MultiTask(Backbone(), {})
+    with pytest.raises(InputError, match=r"'uncertain' .did you mean uncertainty"):
+        MultiTask(Backbone(), {"present": PRESENT}, "uncertain")
