@@ -116,7 +116,8 @@ def fit(
         loaded): `functools.partial(cvjax.train.restore.load_params, path=...)`. One that takes
         `model_state` too returns (params, model_state, table), as
         `cvjax.nn.pretrained.load_pretrained` does.
-      config: the resolved config, saved with the checkpoints.
+      config: the resolved config, saved with the checkpoints; in a notebook
+        {"task": cvjax.build.describe(task)} says what the saved parameters are of.
 
     Raises:
       InputError: arguments that cannot be used, before the workdir is made.

@@ -61,7 +61,9 @@ class Digits:
             size = (self.image_size, self.image_size)
             picture = Image.fromarray(image[..., 0]).resize(size, Image.Resampling.BICUBIC)
             image = np.asarray(picture)[..., None]
-        return {"image": np.repeat(image, self.channels, axis=-1), "label": labels[index]}
+        if self.channels > 1:
+            image = np.repeat(image, self.channels, axis=-1)
+        return {"image": image, "label": labels[index]}
 
 
 @dataclasses.dataclass(frozen=True)
