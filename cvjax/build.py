@@ -1,5 +1,6 @@
 """A config dictionary with a `type` becomes the object that it names. The only such place."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -7,6 +8,8 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from cvjax.errors import InputError, nearest
 
@@ -29,6 +32,47 @@ def build(config: Any, path: str = "config") -> Any:
     if isinstance(config, list | tuple):
         return type(config)(build(value, f"{path}.{i}") for i, value in enumerate(config))
     return config
+
+
+def describe(thing: Any, path: str = "config") -> Any:
+    """The plain data from which `build` makes an equal object: what to save beside weights.
+
+    `describe(ResNet(depth=18))` is {"type": "nn.resnet.ResNet", "depth": 18, ...}, with all fields.
+    Dataclasses, Linen modules among them, partials and functions with a name have a description;
+    a dtype is its name. A function comes back as a partial of itself with nothing bound.
+
+    Raises InputError, with the path, for what could not be built again: an array, a lambda, a class
+    made inside a function.
+    """
+    if thing is None or isinstance(thing, bool | int | float | str):
+        return thing
+    if isinstance(thing, np.generic):
+        return thing.item()
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value, f"{path}.{key}") for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(describe(value, f"{path}.{i}") for i, value in enumerate(thing))
+    if isinstance(thing, np.dtype) or (isinstance(thing, type) and hasattr(thing, "dtype")):
+        return np.dtype(thing).name
+    if isinstance(thing, functools.partial) and not thing.args:
+        return {"type": _name_of(thing.func, path), **describe(thing.keywords, path)}
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        names = [field.name for field in dataclasses.fields(thing) if field.init]
+        given = {name: getattr(thing, name) for name in names if name not in ("parent", "name")}
+        return {"type": _name_of(type(thing), path), **describe(given, path)}
+    return {"type": _name_of(thing, path)}
+
+
+def _name_of(target: Any, path: str) -> str:
+    """The dotted name by which `resolve` finds a class or function."""
+    name = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', None)}"
+    short = name.removeprefix("cvjax.")
+    try:
+        if resolve(short, path) is target:
+            return short
+    except InputError:
+        pass
+    raise InputError(f"{path} is {target!r}, which cannot be built again from its name")
 
 
 def resolve(name: str, path: str = "config") -> Any:
@@ -89,7 +133,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # the latter for __main__
         return False
 
 

@@ -1,15 +1,22 @@
 import functools
+import importlib
+import json
+import sys
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cvjax.build import build
+from cvjax.build import build, describe
+from cvjax.classification.task import Classification
 from cvjax.config import buildable, differences, load_json, override, read, save_json
 from cvjax.errors import InputError
 from cvjax.nn.resnet import ResNet
+from cvjax.train.optimizer import Optimizer
 
 
 class Tiny(nn.Module):
@@ -108,8 +115,6 @@ def test_fields_keep_their_order():
 def test_json_round_trip(tmp_path):
     root = __file__.rsplit("/tests/", 1)[0]
     config = read(f"{root}/configs/classification.py")
-    import json
-
     path = tmp_path / "config.json"
     path.write_text(json.dumps(save_json(config)))
     again = load_json(path)
@@ -117,3 +122,56 @@ def test_json_round_trip(tmp_path):
     assert build(again.to_dict())["task"] == build(buildable(config))["task"]
     again.steps = 3
     assert differences(save_json(config), save_json(again)) == ["steps: 930 was, 3 is"]
+
+
+def test_what_describe_gives_builds_the_same_again(tmp_path):
+    task = Classification(
+        model=ResNet(depth=50, num_classes=3, stage_sizes=(1, 2), dtype=jnp.bfloat16),
+        mean=(0.1, 0.2, 0.3),
+        std=np.float32(0.5),
+    )
+    optimizer = Optimizer(
+        transform=functools.partial(optax.sgd, momentum=0.9),
+        weight_decay=((".*/kernel", 0.1), (".*", 0.0)),
+    )
+    described = describe(dict(task=task, optimizer=optimizer, several=[Tiny(width=2), None]))
+    assert described["task"]["type"] == "classification.task.Classification"
+    assert described["task"]["model"]["depth"] == 50
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    built = build(load_json(tmp_path / "config.json").to_dict())
+    assert built["task"].model == task.model.clone(dtype="bfloat16")
+    assert (built["task"].mean, built["task"].std) == (task.mean, 0.5)
+    assert built["optimizer"].transform.func is optax.sgd
+    assert built["optimizer"].transform.keywords == {"momentum": 0.9}
+    assert built["optimizer"].weight_decay == optimizer.weight_decay
+    assert list(built["several"]) == [Tiny(width=2), None]
+    assert describe(built) == describe(dict(built))
+
+
+def test_a_class_that_can_no_longer_be_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lab_of_last_year.py").write_text(
+        "import dataclasses\n@dataclasses.dataclass\nclass Net:\n    width: int = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import lab_of_last_year
+
+    described = describe(dict(model=lab_of_last_year.Net(width=5)))
+    assert described["model"] == {"type": "lab_of_last_year.Net", "width": 5}
+    (tmp_path / "lab_of_last_year.py").unlink()
+    monkeypatch.delitem(sys.modules, "lab_of_last_year")
+    importlib.invalidate_caches()
+    with pytest.raises(InputError, match="lab_of_last_year"):
+        build(described)
+
+
+@pytest.mark.parametrize(
+    "thing", [lambda x: x, jnp.ones(2), object()], ids=["lambda", "array", "-"]
+)
+def test_what_has_no_name_is_not_described(thing):
+    class Local:
+        pass
+
+    with pytest.raises(InputError, match=r"config\.a\.0 is .* cannot be built again"):
+        describe({"a": [thing]})
+    with pytest.raises(InputError, match="cannot be built again"):
+        describe(Local)

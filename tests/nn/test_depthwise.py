@@ -1,0 +1,69 @@
+"""The depthwise convolution against XLA's, with its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cvjax.nn.depthwise import depthwise_conv
+
+OPTIONS = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((9, 7), 3, 1, ((1, 1), (1, 1))),
+        ((9, 7), 3, 2, "SAME"),
+        ((8, 6), 5, 2, "SAME"),
+        ((8, 6), 5, 2, ((2, 2), (2, 2))),
+        ((2, 3), 7, 1, ((3, 3), (3, 3))),
+        ((1, 1), 3, 2, ((1, 1), (1, 1))),
+        ((8, 5), 3, 1, "VALID"),
+    ],
+)
+def test_equals_the_general_convolution(size, kernel, stride, padding):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 4)).astype(np.float32)
+    weight = rng.normal(size=(kernel, kernel, 1, 4)).astype(np.float32)
+
+    def general(x, weight):
+        return lax.conv_general_dilated(
+            x, weight, (stride, stride), padding, feature_group_count=4, **OPTIONS
+        )
+
+    def ours(x, weight):
+        return depthwise_conv(
+            x, weight, (stride, stride), padding, feature_group_count=4, **OPTIONS
+        )
+
+    def all_of(function):
+        def value(x, weight):
+            return jnp.sum(jnp.sin(function(x, weight)))
+
+        def second(x, weight):
+            return sum(jnp.sum(g**2) for g in jax.grad(value, (0, 1))(x, weight))
+
+        return jax.jit(
+            lambda x, weight: (
+                function(x, weight),
+                jax.grad(value, (0, 1))(x, weight),
+                jax.grad(second, (0, 1))(x, weight),
+                jax.vmap(function, (0, None))(x[:, None], weight),
+            )
+        )(x, weight)
+
+    # Sums of up to 49 products in another order, through a sine.
+    for a, b in zip(*map(jax.tree.leaves, (all_of(ours), all_of(general))), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_bfloat16_is_summed_in_float32():
+    x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
+    kernel = jnp.full((3, 3, 1, 2), 1 / 256, jnp.bfloat16).at[0, 0].set(1.0)
+    y = depthwise_conv(x, kernel, (1, 1), ((0, 0), (0, 0)))
+    assert y.dtype == jnp.bfloat16
+    # Added one by one to 1.0 in bfloat16, 8 times 1/256 would be lost.
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.float32(1 + 8 / 256))
