@@ -1,0 +1,70 @@
+"""The networks that are compared: ours, and the same one of timm."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Network(NamedTuple):
+    """Makers of both sides, and the input: `batch` images, `size` x `size` x `channels`."""
+
+    ours: Callable[[], Any]
+    torch: Callable[[], Any]
+    batch: int
+    size: int
+    channels: int = 3
+
+
+def _ours(module: str, name: str, **fields: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(f"cvjax.nn.{module}"), name)(**fields)
+
+    return make
+
+
+def _timm(name: str, **fields: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import timm
+
+        return timm.create_model(name, num_classes=10, **fields)
+
+    return make
+
+
+def _digits() -> Any:
+    """The ResNet of configs/classification.py in PyTorch."""
+    from timm.models.resnet import BasicBlock, ResNet
+    from torch import nn
+
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=(8, 16, 32, 64))
+    model.conv1, model.maxpool = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Identity()
+    model.bn1 = nn.BatchNorm2d(8)
+    model.layer1[0].conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    model.layer1[0].downsample = None
+    return model
+
+
+NETWORKS = {
+    "ResNet-18, 8 x 128": Network(
+        _ours("resnet", "ResNet", depth=18, num_classes=10), _timm("resnet18"), 8, 128
+    ),
+    "ResNet-18, 32 x 64": Network(
+        _ours("resnet", "ResNet", depth=18, num_classes=10), _timm("resnet18"), 32, 64
+    ),
+    "ResNet-50, 8 x 128": Network(
+        _ours("resnet", "ResNet", depth=50, num_classes=10), _timm("resnet50"), 8, 128
+    ),
+    "ConvNeXt-T, 8 x 128": Network(
+        _ours("convnext", "ConvNeXt", num_classes=10), _timm("convnext_tiny"), 8, 128
+    ),
+    "ViT-S/16, 8 x 224": Network(
+        _ours("vit", "ViT", size="s", num_classes=10), _timm("vit_small_patch16_224"), 8, 224
+    ),
+    "digits, 64 x 28": Network(
+        _ours(
+            "resnet", "ResNet", num_classes=10, stem="cifar", width=8, stage_sizes=(1, 1, 1, 1)
+        ),
+        _digits, 64, 28, 1,
+    ),
+}  # fmt: skip

@@ -1,0 +1,91 @@
+"""One side of the comparison: builds a network and times blocks of steps when it is told to.
+
+    python worker.py jax|eager|channels_last|compile NAME train|inference
+
+Reads a number of steps per line and answers with the milliseconds of each step.
+"""
+
+import sys
+import time
+
+import numpy as np
+from networks import NETWORKS
+
+
+def torch_step(network, mode: str, train: bool):
+    """A function that makes one step, with PyTorch."""
+    import torch
+
+    torch.manual_seed(0)
+    model = network.torch()
+    batch = torch.randn(network.batch, network.channels, network.size, network.size)
+    label = torch.arange(network.batch) % 10
+    if mode != "eager":
+        model = model.to(memory_format=torch.channels_last)
+        batch = batch.to(memory_format=torch.channels_last)
+    model.train(train)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    run = torch.compile(model) if mode == "compile" else model
+
+    def step():
+        if not train:
+            with torch.inference_mode():
+                return run(batch)
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(run(batch), label).backward()
+        optimizer.step()
+
+    return step
+
+
+def jax_step(network, train: bool):
+    """The same with this package: the engine's own train step, or `predict`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from cvjax.classification.task import Classification
+    from cvjax.train.step import initial_state, make_train_step
+
+    task = Classification(network.ours())
+    shape = (network.batch, network.size, network.size, network.channels)
+    batch = {
+        "image": jnp.asarray(np.random.default_rng(0).random(shape, np.float32)),
+        "label": jnp.arange(network.batch) % 10,
+        "valid": jnp.ones(network.batch, bool),
+    }
+    optimizers = {"model": optax.sgd(1e-3, momentum=0.9)}
+    make = jax.jit(lambda key: initial_state(task, batch, key, optimizers, {}))
+    state = make(jax.random.key(0))
+    if not train:
+        predict = jax.jit(task.predict)
+        return lambda: jax.block_until_ready(
+            predict(state.params, state.model_state, batch, jax.random.key(0))
+        )
+    compiled = jax.jit(make_train_step(task, optimizers), donate_argnums=0)
+    holder = [state]
+
+    def step():
+        holder[0], _ = compiled(holder[0], batch)
+        jax.block_until_ready(holder[0].step)
+
+    return step
+
+
+def main() -> None:
+    """Builds, warms up, says "ready" and then serves."""
+    mode, name, kind = sys.argv[1:]
+    network, train = NETWORKS[name], kind == "train"
+    step = jax_step(network, train) if mode == "jax" else torch_step(network, mode, train)
+    for _ in range(3):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(1000 * (time.perf_counter() - began) / int(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
