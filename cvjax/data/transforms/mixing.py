@@ -50,13 +50,8 @@ def mixup(
         valid: bool [b]; None means all.
         alpha: the share is from Beta(alpha, alpha).
     """
-    check_between(1e-3, 1e3, alpha=alpha)
-    images = jnp.asarray(images)
-    order, weight = jax.random.split(rng)
-    partner = _partners(order, images, valid)
-    share = jax.random.beta(weight, alpha, alpha, (len(images),))
-    own = share[:, None, None, None].astype(images.dtype)
-    return Mixed(own * images + (1 - own) * images[partner], partner, share)
+    order, rng = jax.random.split(rng)
+    return _mixed(images, order, valid, *_mixup_weights(rng, images.shape, alpha))
 
 
 def cutmix(
@@ -74,21 +69,8 @@ def cutmix(
         valid: bool [b]; None means all.
         alpha: the share before the rectangle is clipped is from Beta(alpha, alpha).
     """
-    check_between(1e-3, 1e3, alpha=alpha)
-    images = jnp.asarray(images)
-    batch, height, width, _ = images.shape
-    order, weight, row, column = jax.random.split(rng, 4)
-    partner = _partners(order, images, valid)
-    side = jnp.sqrt(1 - jax.random.beta(weight, alpha, alpha, (batch,)))  # of those of the image
-    y, x = (
-        jax.random.randint(key, (batch,), 0, size) for key, size in ((row, height), (column, width))
-    )
-    half_height, half_width = (jnp.int32(side * size / 2) for size in (height, width))
-    top, bottom = jnp.maximum(y - half_height, 0), jnp.minimum(y + half_height, height)
-    left, right = jnp.maximum(x - half_width, 0), jnp.minimum(x + half_width, width)
-    is_pasted = rectangles(height, width, top, left, bottom, right)[..., None]
-    share = 1 - (bottom - top) * (right - left) / (height * width)
-    return Mixed(jnp.where(is_pasted, images[partner], images), partner, share)
+    order, rng = jax.random.split(rng)
+    return _mixed(images, order, valid, *_cutmix_weights(rng, images.shape, alpha))
 
 
 def mixup_or_cutmix(
@@ -105,12 +87,58 @@ def mixup_or_cutmix(
     The defaults are those of DeiT (https://arxiv.org/abs/2012.12877, table 9).
     """
     check_between(0, 1, p_cutmix=p_cutmix)
-    choice, rng = jax.random.split(rng)
-    return jax.lax.cond(
-        jax.random.bernoulli(choice, p_cutmix),
-        lambda: cutmix(images, rng, valid, alpha=cutmix_alpha),
-        lambda: mixup(images, rng, valid, alpha=mixup_alpha),
+    order, choice, rng = jax.random.split(rng, 3)
+    is_cutmix = jax.random.bernoulli(choice, p_cutmix)
+    # Not a conditional around all: devices that exchange images inside one can wait for each other.
+    weights, share = (
+        jnp.where(is_cutmix, cut, blend)
+        for cut, blend in zip(
+            _cutmix_weights(rng, images.shape, cutmix_alpha),
+            _mixup_weights(rng, images.shape, mixup_alpha),
+            strict=True,
+        )
     )
+    return _mixed(images, order, valid, weights, share)
+
+
+def _mixup_weights(
+    rng: jax.Array, shape: tuple[int, ...], alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the weight of each own pixel, [b, 1, 1, 1], and their mean, the share, [b]."""
+    check_between(1e-3, 1e3, alpha=alpha)
+    share = jax.random.beta(rng, alpha, alpha, shape[:1])
+    return share[:, None, None, None], share
+
+
+def _cutmix_weights(
+    rng: jax.Array, shape: tuple[int, ...], alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the weight of each own pixel, 0 or 1, [b, h, w, 1], and the share, [b]."""
+    check_between(1e-3, 1e3, alpha=alpha)
+    batch, height, width, _ = shape
+    size, row, column = jax.random.split(rng, 3)
+    side = jnp.sqrt(1 - jax.random.beta(size, alpha, alpha, (batch,)))  # of those of the image
+    y = jax.random.randint(row, (batch,), 0, height)
+    x = jax.random.randint(column, (batch,), 0, width)
+    half_height, half_width = (jnp.int32(side * length / 2) for length in (height, width))
+    top, bottom = jnp.maximum(y - half_height, 0), jnp.minimum(y + half_height, height)
+    left, right = jnp.maximum(x - half_width, 0), jnp.minimum(x + half_width, width)
+    is_pasted = rectangles(height, width, top, left, bottom, right)[..., None]
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return 1 - is_pasted.astype(share.dtype), share
+
+
+def _mixed(
+    images: jax.Array,
+    rng: jax.Array,
+    valid: jax.Array | None,
+    weights: jax.Array,
+    share: jax.Array,
+) -> Mixed:
+    images = jnp.asarray(images)
+    partner = _partners(rng, images, valid)
+    own = weights.astype(images.dtype)
+    return Mixed(own * images + (1 - own) * images[partner], partner, share)
 
 
 def _partners(rng: jax.Array, images: jax.Array, valid: jax.Array | None) -> jax.Array:
