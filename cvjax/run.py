@@ -14,14 +14,22 @@ from ml_collections import ConfigDict
 from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
-from cvjax.data.loader import Loader
 from cvjax.errors import InputError, nearest
-from cvjax.train.loop import evaluate, fit, load_state
+from cvjax.train.loop import eval_loader_of, evaluate, fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
 
 log = logging.getLogger("cvjax")
 
-DATA = {"train", "test", "transforms", "threads", "processes", "retries", "bad_budget"}
+DATA = {
+    "train",
+    "test",
+    "transforms",
+    "test_transforms",
+    "threads",
+    "processes",
+    "retries",
+    "bad_budget",
+}
 
 
 def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
@@ -59,6 +67,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
         check_num_classes(plain.get("task", {}), data.get(name), f"config.data.{name}")
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
+    loader["eval_transforms"] = tuple((loader.pop("test_transforms", None) or {}).values())
     if mode == "train":
         saved = workdir / "config.json"
         if saved.exists():
@@ -88,7 +97,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
         for name, picture in pictures.items():
             draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0
-    return _predict(task, state, data["test"], size, seed, workdir)
+    return _predict(task, state, eval_loader_of(data["test"], size, loader), seed, workdir)
 
 
 def check_num_classes(task: Any, source: Any, where: str, path: str = "config.task") -> None:
@@ -112,11 +121,10 @@ def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
     return Path("runs") / name
 
 
-def _predict(task, state, source, batch_size: int, seed: int, workdir: Path) -> int:
-    """Writes what the task predicts for the whole of `source` to predictions.npz."""
+def _predict(task, state, loader, seed: int, workdir: Path) -> int:
+    """Writes what the task predicts for all that is held out to predictions.npz."""
     mesh, rows = data_mesh(), []
     predict = jax.jit(task.predict)
-    loader = Loader(source, batch_size, shuffle=False, epochs=1, last="pad")
     for number, batch in enumerate(loader.iterate()):
         rng = jax.random.fold_in(jax.random.key(seed), number)
         outputs = predict(state.averaged_params, state.model_state, put_batch(batch, mesh), rng)

@@ -103,7 +103,8 @@ def fit(
         {group: one of these}.
       eval_data: the source of held-out examples.
       evaluators: by name; each starts as a fresh copy at every evaluation.
-      loader: more arguments of `cvjax.data.loader.Loader` (transforms, threads, processes, ...).
+      loader: more arguments of `cvjax.data.loader.Loader` (transforms, threads, processes, ...);
+        `transforms` are for training alone, `eval_transforms` for the held-out examples.
       ema: decay of the moving average of all groups, or {group: decay}; None for none.
       seed: of the parameters, the data order, and all randomness of the steps.
       parallel: "jit" (global batch, sharded) or "pmap" (one program on each device's rows).
@@ -145,9 +146,10 @@ def fit(
     train_loader = Loader(
         data, batch_size * scanned, seed=seed, process_index=jax.process_index(),
         process_count=jax.process_count(),
-        bad_examples=workdir / "bad_examples.jsonl" if workdir else None, **(loader or {}),
+        bad_examples=workdir / "bad_examples.jsonl" if workdir else None,
+        **{name: value for name, value in (loader or {}).items() if name != "eval_transforms"},
     )  # fmt: skip
-    eval_loader = _eval_loader(eval_data, batch_size, loader) if eval_data is not None else None
+    eval_loader = eval_loader_of(eval_data, batch_size, loader) if eval_data is not None else None
     example = _example(data, batch_size, loader)
 
     rng = jax.random.key(seed)
@@ -285,7 +287,7 @@ def evaluate(
     """The metrics of the whole of `data`, and pictures; with averaged params where there are."""
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
-    batches = _eval_loader(data, batch_size, loader)
+    batches = eval_loader_of(data, batch_size, loader)
     return _Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
 
 
@@ -394,8 +396,10 @@ class _Evaluation:
         return found, pictures
 
 
-def _eval_loader(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:
-    options = {k: v for k, v in (options or {}).items() if k != "transforms"}
+def eval_loader_of(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:
+    """Every held-out example once, in order; `options` are the `loader` of `fit`."""
+    options = dict(options or {})
+    options["transforms"] = options.pop("eval_transforms", ())
     return Loader(data, batch_size, shuffle=False, epochs=1, last="pad", **options)
 
 

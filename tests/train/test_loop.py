@@ -57,6 +57,20 @@ class Count:
         return {"share": np.full((2, 2, 1), self.seen / 21)}
 
 
+def negated(example, rng):
+    return {**example, "x": -example["x"]}
+
+
+def test_held_out_examples_have_transforms_of_their_own():
+    task, options = Regression(), dict(batch_size=8)
+    state = fit(task, Linear(), steps=1, optimizer=optax.sgd(0.0), **options).state
+    plain, changed, training = (
+        evaluate(task, state, Linear(21), loader=loader, **options)[0]["loss"]
+        for loader in ({}, {"eval_transforms": (negated,)}, {"transforms": (negated,)})
+    )
+    assert plain == training != changed
+
+
 def test_evaluators_start_afresh():
     result = fit(
         Regression(), Linear(), steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2,
