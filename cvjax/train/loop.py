@@ -135,7 +135,7 @@ def fit(
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
     if not task.objectives:
-        workdir, eval_data = None, None
+        workdir = eval_data = initialize = None
     workdir = Path(workdir) if workdir is not None else None
     is_primary = jax.process_index() == 0
 
