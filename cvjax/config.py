@@ -43,7 +43,8 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
 
     A value takes the type of the one that it replaces. A new `type` makes another object: the
     fields that it does not take are dropped, those that it does take may be set by further
-    flags, in whatever order. Raises InputError in one line for everything else.
+    flags, in whatever order. Where there is no object yet, but may be one, it makes the first.
+    Raises InputError in one line for everything else.
     """
     config = copy.deepcopy(config)
     types_first = sorted(assignments, key=lambda pair: not pair[0].endswith(".type"))
@@ -51,6 +52,9 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
         *parents, last = path.split(".")
         node, walked = config, "config"
         for parent in parents:
+            if last == "type" and _may_hold(node, parent, walked):
+                with node.ignore_type():
+                    node[parent] = ConfigDict()
             if not isinstance(node, ConfigDict) or parent not in node:
                 raise InputError(f"--{walked}.{parent}: no such field{_known(node, parent)}")
             node, walked = node[parent], f"{walked}.{parent}"
@@ -102,6 +106,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         nested = [differences(old.get(k), new.get(k), f"{path}.{k}".strip(".")) for k in keys]
         return [line for lines in nested for line in lines]
     return [] if old == new else [f"{path}: {old!r} was, {new!r} is"]
+
+
+def _may_hold(node: Any, field: str, path: str) -> bool:
+    """Whether an object can be put at a field of a node where there is none."""
+    if not isinstance(node, ConfigDict) or node.get(field) is not None:
+        return False
+    return field in node or ("type" in node and _takes(node["type"], field, path))
 
 
 def _takes(type_name: str, field: str, path: str) -> bool:

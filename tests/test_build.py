@@ -103,6 +103,18 @@ def test_overrides_keep_the_type_and_a_new_type_takes_its_own_fields():
     assert config.data.train.split == "train", "the config that was read is not touched"
 
 
+def test_an_object_where_there_was_none():
+    root = __file__.rsplit("/tests/", 1)[0]
+    config = read(f"{root}/configs/classification.py:tiny")
+    mix = ("task.mix.type", "data.transforms.mixing.mixup")
+    changed = override(config, [("task.mix.alpha", "0.4"), mix, ("ema.type", "optax.ema")])
+    assert buildable(changed)["task"]["mix"] == {"type": mix[1], "alpha": 0.4}
+    assert buildable(changed)["ema"] == {"type": "optax.ema"}
+    assert build(buildable(changed)["task"]).mix.keywords == {"alpha": 0.4}
+    with pytest.raises(InputError, match="did you mean mix?"):
+        override(config, [("task.mixx.type", "data.transforms.mixing.mixup")])
+
+
 def test_fields_keep_their_order():
     """Transforms and stages are applied as they were written, also after a flag."""
     config = ConfigDict(dict(transforms=dict(zoom=dict(a=1), flip=dict(b=2), crop=dict(c=3))))

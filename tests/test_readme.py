@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import main
+from cvjax.build import build
 from cvjax.data.sources.digits import digits
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +55,18 @@ def test_the_flags_of_every_command_are_known(monkeypatch):
             main.configs.override(main.configs.read(str(ROOT / flags.config)), changes)
 
 
+def test_the_flag_for_mixing():
+    (flag,) = re.findall(r"`--(config\.task\.mix\.type=[^`]*)`", README)
+    path, _, name = flag.removeprefix("config.").partition("=")
+    config = main.configs.override(
+        main.configs.read(str(ROOT / "configs/classification.py")), [(path, name)]
+    )
+    assert callable(build(main.configs.buildable(config)["task"]).mix)
+
+
 def test_the_cell_for_a_notebook():
-    (cell,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    cells = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (cell,) = (cell for cell in cells if "result.history" in cell)
     namespace = {}
     exec(cell.replace("steps=300", "steps=2"), namespace)
     assert "eval/accuracy" in namespace["result"].history[-1]
