@@ -6,11 +6,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2400
+    config.steps = 3000
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 800
+    config.evaluate_every = 1000
     config.best = "segmentation/mean_iou"
 
     config.data = dict(
@@ -60,7 +60,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adamw", b2=0.99),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.15),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.08),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=5.0,
         accumulate=1,
