@@ -78,7 +78,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adamw", b2=0.99),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.15),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.08),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=5.0,
         accumulate=1,

@@ -131,9 +131,7 @@ def class_colors(count: int = 256) -> np.ndarray:
     return np.packbits(levels, axis=2)[..., 0]
 
 
-def paint_classes(
-    images: jax.Array, masks: jax.Array, opacity: float = 0.7
-) -> jax.Array | np.ndarray:
+def paint_classes(images: jax.Array, masks: jax.Array, opacity: float = 0.7) -> jax.Array:
     """Colours images [..., h, w, 3] by integer masks [..., h, w] of classes in 0..255.
 
     The colours are `class_colors`, the image shows through; where the class is 0 there is only

@@ -53,8 +53,8 @@ class MeanIoU:
             wrong = labels[(labels < 0) | (labels >= self.num_classes)]
             if wrong.size:
                 raise InputError(
-                    f"MeanIoU: {self.mask if name == self.mask else self.prediction} has the "
-                    f"class {wrong[0]}, but num_classes is {self.num_classes}"
+                    f"MeanIoU: {name} has the class {wrong[0]}, but num_classes is "
+                    f"{self.num_classes}"
                 )
         cells = np.bincount(truth * self.num_classes + found, minlength=self.num_classes**2)
         self.matrix += cells.reshape(self.matrix.shape)

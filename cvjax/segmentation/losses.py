@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from cvjax.errors import InputError
+
 IGNORE = 255  # the label of pixels without truth, as in PASCAL VOC
 
 
@@ -27,7 +29,7 @@ def cross_entropy(
     log_p, label, counts = _log_p_of_truth(logits, mask, ignore)
     weight = counts.astype(jnp.float32)
     if class_weights is not None:
-        weight *= jnp.asarray(class_weights, jnp.float32)[label]
+        weight *= _weights(class_weights, logits)[label]
     total = jnp.sum(weight)
     mean = jnp.sum(-log_p * weight) / jnp.where(total > 0, total, 1.0)
     return _checked(mean, logits, mask, ignore)
@@ -51,7 +53,7 @@ def focal(
     wrong = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(jnp.float32).tiny)
     losses = -(wrong**gamma) * log_p
     if class_weights is not None:
-        losses *= jnp.asarray(class_weights, jnp.float32)[label]
+        losses *= _weights(class_weights, logits)[label]
     mean = jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
     return _checked(mean, logits, mask, ignore)
 
@@ -86,13 +88,13 @@ def lovasz_softmax(logits: jax.Array, mask: jax.Array, *, ignore: int = IGNORE) 
         errors = jnp.where(counts, jnp.abs(truth - p), 0.0)
         # Pixels that do not count are last, with an error of 0: they change no sum before them.
         order = jnp.argsort(jnp.where(counts, -errors, 1.0))
-        errors, truth = errors[order], truth[order]
-        # 1 - IoU when the first 1, 2, ... pixels are wrong and all others right (algorithm 1).
-        seen = jnp.cumsum(truth)
-        outside = jnp.cumsum(1 - truth)
-        size = seen[-1]
-        jaccard = 1 - (size - seen) / jnp.maximum(size + outside, 1)
-        return jnp.sum(errors * jnp.diff(jaccard, prepend=0.0))
+        errors, truth = errors[order], truth[order] > 0
+        # What each next pixel adds to 1 - IoU when it is wrong too, all after it still being right
+        # (algorithm 1, with its differences worked out: they would vanish in float32).
+        seen = jnp.cumsum(truth, dtype=jnp.int32)
+        union = seen[-1] + jnp.cumsum(~truth, dtype=jnp.int32).astype(jnp.float32)
+        added = jnp.where(truth, 1.0, (seen[-1] - seen) / jnp.maximum(union - 1, 1))
+        return jnp.sum(errors * added / jnp.maximum(union, 1))
 
     losses = jax.vmap(of_class, in_axes=1)(p, truth)
     present = jnp.sum(truth, axis=0) > 0
@@ -108,6 +110,7 @@ def _log_p_of_truth(
     logits: jax.Array, mask: jax.Array, ignore: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log p_t (0 where a pixel does not count), the label (0 there too), and which count."""
+    _check_shapes(logits, mask)
     counts = counted(mask, ignore)
     label = jnp.where(counts, mask, 0).astype(jnp.int32)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -119,11 +122,29 @@ def _probabilities(
     logits: jax.Array, mask: jax.Array, ignore: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """p and t, float32 [n, k], t all zeros where a pixel does not count; which count, bool [n]."""
+    _check_shapes(logits, mask)
     classes, mask = logits.shape[-1], mask.reshape(-1)
     counts = counted(mask, ignore)
     p = jax.nn.softmax(logits.astype(jnp.float32).reshape(-1, classes))
     truth = jax.nn.one_hot(jnp.where(counts, mask.astype(jnp.int32), -1), classes)
     return p, truth, counts
+
+
+def _weights(class_weights: Sequence[float], logits: jax.Array) -> jax.Array:
+    if len(class_weights) != logits.shape[-1]:
+        raise InputError(
+            f"class_weights has {len(class_weights)} numbers, but there are {logits.shape[-1]} "
+            "classes"
+        )
+    return jnp.asarray(class_weights, jnp.float32)
+
+
+def _check_shapes(logits: jax.Array, mask: jax.Array) -> None:
+    if logits.shape[:-1] != mask.shape:
+        raise InputError(
+            f"the mask is {list(mask.shape)}; for logits {list(logits.shape)} it must be "
+            f"{list(logits.shape[:-1])}"
+        )
 
 
 def _mean_of(losses: jax.Array, present: jax.Array) -> jax.Array:

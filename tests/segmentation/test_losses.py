@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.errors import InputError
 from cvjax.segmentation.losses import IGNORE, cross_entropy, dice, focal, lovasz_softmax
 
 LOSSES = {
@@ -231,3 +232,37 @@ def test_lovasz_with_ties_does_not_depend_on_the_order():
     uniform, gradient = jitted("lovasz")(np.zeros((6, 2), np.float32), np.array([0, 1] * 3))
     np.testing.assert_allclose(uniform, 0.5, rtol=1e-6)  # All errors are 1/2 of 1 - IoU = 1.
     assert np.isfinite(gradient).all()
+
+
+def test_lovasz_of_very_many_pixels():
+    """Where 1 - IoU grows by less than float32 can tell from 1 (a megapixel and more)."""
+    n = 2**20
+    rng = np.random.default_rng(0)
+    truth = rng.random(n) < 0.3
+    logits = rng.normal(0, 2, n).astype(np.float32)
+    p = 1 / (1 + np.exp(-np.float64(logits)))
+
+    # Of two classes with p and 1 - p the errors are the same; sorted and summed in float64.
+    errors, order = np.abs(truth - p), np.argsort(-np.abs(truth - p))
+    expected, slope = 0.0, np.zeros(n)
+    for true in (truth, ~truth):
+        seen, outside = np.cumsum(true[order]), np.cumsum(~true[order])
+        jaccard = 1 - (true.sum() - seen) / (true.sum() + outside)
+        added = np.diff(jaccard, prepend=0.0)
+        expected += np.sum(errors[order] * added) / 2
+        slope[order] += np.where(truth[order], -1, 1) * added / 2
+    two = jnp.stack([jnp.zeros(n), logits], axis=-1)
+    value, gradient = jax.jit(jax.value_and_grad(lovasz_softmax))(two, truth.astype(np.uint8))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Equal errors in float32 may be sorted otherwise: their slopes differ by a few parts in 1e6.
+    np.testing.assert_allclose(gradient[:, 1], slope * p * (1 - p), rtol=1e-3, atol=1e-10)
+
+
+def test_what_does_not_fit():
+    logits, mask = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int)
+    for loss in (cross_entropy, focal, dice, lovasz_softmax):
+        with pytest.raises(InputError, match=r"the mask is \[2, 3, 1\]; .* must be \[2, 3\]"):
+            loss(logits, mask[..., None])
+    for loss in (cross_entropy, focal):
+        with pytest.raises(InputError, match="3 numbers, but there are 4 classes"):
+            loss(logits, mask, class_weights=(1.0, 2.0, 3.0))

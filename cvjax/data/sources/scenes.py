@@ -2,8 +2,8 @@
 
 A scene is a function of (split, seed, index) alone. From the bottom up it has a smooth random
 texture; clutter, which are scraps of digits, lines and discs; and two to four digits of MNIST, each
-turned, scaled, coloured and put somewhere at random. A pixel belongs to the topmost digit that
-covers more than half of it.
+turned, scaled, coloured and put somewhere at random. A pixel belongs to the digit that covers more
+than half of it; digits may touch, but none hides such a pixel of another.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ _DIGITS = (2, 4)  # the fewest and the most that are placed in a scene
 _SCALE = (1.5, 2.4)  # of a digit: MNIST's 20 x 20 pixels become 30 to 48
 _DEGREES = 15.0  # the largest turn: a 6 shall not become a 9
 _CLUTTER = 8  # the most pieces
-_HIDDEN = 0.03  # the largest share of an earlier digit that a later one may hide
 _ATTEMPTS = 8  # at finding a place for a digit before it is left out
 
 
@@ -161,7 +160,6 @@ def _find_place(
 ) -> np.ndarray | None:
     """What a digit covers of each pixel, wholly inside the scene; None when there is no room."""
     size = len(instance)
-    areas = np.bincount(instance.ravel())
     for _ in range(_ATTEMPTS):
         angle = np.deg2rad(rng.uniform(-_DEGREES, _DEGREES))
         scale = rng.uniform(*_SCALE)
@@ -170,8 +168,7 @@ def _find_place(
         if reach > size / 2:
             continue
         cover = _warp(digit, angle, scale, rng.uniform(reach, size - reach, 2), size)
-        hidden = np.bincount(instance[cover > 0.5], minlength=len(areas))
-        if (hidden[1:] <= _HIDDEN * areas[1:]).all():
+        if not instance[cover > 0.5].any():
             return cover
     return None
 
