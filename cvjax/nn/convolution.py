@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
 from cvjax.nn.depthwise import depthwise_conv
+from cvjax.nn.fast_conv import fast_conv
 
 PADDINGS = ("symmetric", "same")
 
@@ -51,7 +52,7 @@ def convolution(
         strides=stride,
         padding=kernel // 2 if padding == "symmetric" else "SAME",
         feature_group_count=groups,
-        conv_general_dilated=depthwise_conv if groups == features > 1 else None,
+        conv_general_dilated=depthwise_conv if groups == features > 1 else fast_conv,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.unet import depth_to_space
 
 Maps = Sequence[jax.Array]
@@ -53,7 +54,7 @@ class ConvNormRelu(nn.Module):
         """Maps [b, h, w, c] to [b, h, w, features]."""
         x = nn.Conv(
             self.features, (self.kernel, self.kernel), kernel_dilation=self.dilation,
-            use_bias=False, dtype=self.dtype, name="conv",
+            use_bias=False, dtype=self.dtype, conv_general_dilated=fast_conv, name="conv",
         )(x)  # fmt: skip
         mask = None if valid is None else valid[:, None, None, None]
         norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")

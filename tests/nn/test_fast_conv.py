@@ -1,0 +1,154 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cvjax.nn import fast_conv as module
+from cvjax.nn.fast_conv import fast_conv
+
+LAYOUT = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+# (x, kernel, strides, padding): every form, at the edges of each.
+CASES = {
+    "map smaller than the kernel": ((3, 2, 2, 5), (3, 3, 5, 4), (1, 1), "SAME"),
+    "one pixel": ((2, 1, 1, 3), (5, 5, 3, 2), (1, 1), ((2, 2), (2, 2))),
+    "four by four": ((2, 4, 4, 3), (3, 3, 3, 6), (1, 1), ((1, 1), (1, 1))),
+    "strided to few": ((2, 7, 9, 3), (3, 3, 3, 6), (2, 3), ((1, 1), (1, 1))),
+    "uneven padding": ((2, 5, 4, 3), (2, 3, 3, 4), (1, 2), ((0, 1), (2, 0))),
+    "cropping": ((2, 6, 6, 3), (3, 3, 3, 4), (1, 1), ((-1, 0), (1, -2))),
+    "kernel of a pixel": ((2, 12, 11, 3), (1, 1, 3, 7), (1, 1), "VALID"),
+    "strided kernel of a pixel": ((2, 12, 11, 3), (1, 1, 3, 7), (2, 2), "VALID"),
+    "just large": ((2, 10, 10, 32), (3, 3, 32, 32), (1, 1), "SAME"),
+    "large, strided": ((3, 21, 20, 32), (3, 3, 32, 33), (2, 2), ((1, 1), (1, 1))),
+    "large, even kernel": ((8, 11, 12, 32), (2, 4, 32, 32), (1, 1), ((1, 0), (0, 3))),
+    "large, few channels": ((2, 12, 12, 3), (3, 3, 3, 32), (1, 1), "SAME"),
+    "between": ((2, 7, 7, 32), (3, 3, 32, 32), (1, 1), "SAME"),
+}
+
+
+def arrays(name, seed=0):
+    rng = np.random.default_rng(seed)
+    x_shape, kernel_shape, strides, padding = CASES[name]
+    x = rng.standard_normal(x_shape).astype(np.float32)
+    kernel = rng.standard_normal(kernel_shape).astype(np.float32) / 3
+    own = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **LAYOUT)
+    ours = partial(fast_conv, strides=strides, padding=padding, **LAYOUT)
+    return x, kernel, ours, own
+
+
+@jax.enable_x64(True)
+def exact(own, x, kernel, dy):
+    """The output and both gradients in double precision."""
+    x, kernel, dy = (jnp.asarray(value, jnp.float64) for value in (x, kernel, dy))
+    y, pull = jax.vjp(own, x, kernel)
+    return [np.asarray(value) for value in (y, *pull(dy))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_as_exact_as_those_of_xla(name):
+    x, kernel, ours, own = arrays(name)
+    dy = np.random.default_rng(1).standard_normal(jax.eval_shape(own, x, kernel).shape)
+    dy = dy.astype(np.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def measured(convolve, x, kernel, dy):
+        y, pull = jax.vjp(convolve, x, kernel)
+        return (y, *pull(dy))
+
+    for mine, theirs, truth in zip(
+        measured(ours, x, kernel, dy), measured(own, x, kernel, dy), exact(own, x, kernel, dy),
+        strict=True,
+    ):  # fmt: skip
+        scale = np.abs(truth).max()
+        # Twice XLA's error, or eight roundings of the largest value where XLA happens to have less.
+        bound = max(2 * np.abs(theirs - truth).max(), 8 * 6e-8 * scale)
+        assert np.abs(mine - truth).max() <= bound
+
+
+@pytest.mark.parametrize("name", ["map smaller than the kernel", "just large", "between"])
+def test_second_derivatives_forward_mode_and_vmap(name):
+    x, kernel, ours, own = arrays(name)
+    dx, dkernel, *_ = arrays(name, seed=1)
+
+    def norm(convolve, x, kernel):
+        return jnp.sum(jnp.tanh(convolve(x, kernel)) ** 2)
+
+    def all_of(convolve):
+        def hessian_product(x, kernel):
+            gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
+            return jax.jvp(gradient, (x, kernel), (dx, dkernel))
+
+        def reverse_twice(x, kernel):
+            gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
+            inner = lambda *at: sum(jnp.vdot(a, b) for a, b in zip(gradient(*at), (dx, dkernel)))  # noqa: B905,E731
+            return jax.grad(inner, argnums=(0, 1))(x, kernel)
+
+        xs, kernels = jnp.stack([x, dx]), jnp.stack([kernel, dkernel])
+        return jax.jit(
+            lambda: (
+                hessian_product(x, kernel),
+                reverse_twice(x, kernel),
+                jax.vmap(convolve, (0, None))(xs, kernel),
+                jax.vmap(convolve, (None, 0))(x, kernels),
+                jax.vmap(jax.grad(partial(norm, convolve), argnums=(0, 1)))(xs, kernels),
+            )
+        )()
+
+    # Sums in another order; up to 2,000 terms and a second derivative: 1e-4 of the largest.
+    for mine, theirs in zip(jax.tree.leaves(all_of(ours)), jax.tree.leaves(all_of(own))):  # noqa: B905
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(feature_group_count=2, padding="SAME"),
+        dict(rhs_dilation=(2, 2), padding="SAME"),
+        dict(lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
+    ],
+)
+def test_groups_and_dilations_are_xlas(options):
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 6)).astype(np.float32)
+    groups = options.get("feature_group_count", 1)
+    kernel = np.random.default_rng(1).standard_normal((3, 3, 6 // groups, 4)).astype(np.float32)
+    got = fast_conv(x, kernel, (1, 1), **LAYOUT, **options)
+    np.testing.assert_array_equal(
+        got, lax.conv_general_dilated(x, kernel, (1, 1), **LAYOUT, **options)
+    )
+
+
+def test_other_types_and_empty_batches_are_xlas():
+    x, kernel = jnp.ones((2, 2, 2, 3), jnp.bfloat16), jnp.ones((3, 3, 3, 4), jnp.bfloat16)
+    assert fast_conv(x, kernel, (1, 1), "SAME", **LAYOUT).dtype == jnp.bfloat16
+    assert fast_conv(x[:0], kernel, (1, 1), "SAME", **LAYOUT).shape == (0, 2, 2, 4)
+
+
+def test_each_form_is_taken_where_it_says():
+    def forms(name):
+        x, kernel, strides, padding = CASES[name]
+        x, kernel = np.empty(x), np.empty(kernel)
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        return (
+            module._is_gathered(x, kernel, strides, padding),
+            module._is_large(x, kernel, strides, padding),
+        )
+
+    assert forms("map smaller than the kernel") == (True, False)
+    assert forms("kernel of a pixel")[0]
+    assert forms("just large") == (False, True)
+    assert forms("large, few channels") == (False, False)
+    assert forms("between") == (False, False)
+
+
+def test_in_a_layer():
+    x = jnp.ones((2, 3, 3, 4))
+    layer = nn.Conv(5, (3, 3), conv_general_dilated=fast_conv)
+    plain = nn.Conv(5, (3, 3))
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    np.testing.assert_allclose(
+        layer.apply(variables, x), plain.apply(variables, x), rtol=1e-5, atol=1e-6
+    )
