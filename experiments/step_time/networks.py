@@ -1,7 +1,14 @@
 """The networks that are compared: ours, and the same one of timm."""
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+# timm uses none of torchvision's compiled operators, and their registration stops its import where
+# torchvision was built for another torch.
+_REGISTRATIONS = "torchvision._meta_registrations"
+sys.modules.setdefault(_REGISTRATIONS, types.ModuleType(_REGISTRATIONS))
 
 
 class Network(NamedTuple):

@@ -17,7 +17,7 @@ from networks import NETWORKS
 
 FOLDER = Path(__file__).parent
 
-MODES, ROUNDS, SECONDS = ("jax", "eager", "channels_last", "compile"), 7, 1.5
+MODES, ROUNDS, SECONDS = ("jax", "eager", "channels_last", "compile"), 5, 1.0
 
 
 class Worker:

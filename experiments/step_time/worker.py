@@ -62,13 +62,15 @@ def jax_step(network, train: bool):
         return lambda: jax.block_until_ready(
             predict(state.params, state.model_state, batch, jax.random.key(0))
         )
-    compiled = jax.jit(make_train_step(task, optimizers), donate_argnums=0)
+    train_step = jax.jit(make_train_step(task, optimizers), donate_argnums=0)
+    compiled = train_step.lower(state, batch).compile()
     holder = [state]
 
     def step():
         holder[0], _ = compiled(holder[0], batch)
         jax.block_until_ready(holder[0].step)
 
+    step.program = compiled.as_text()
     return step
 
 
