@@ -6,6 +6,7 @@ backbone's are the subsampled last one (their section 4.1), or two strided convo
 et al.: Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002, section 4).
 """
 
+import inspect
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, nearest
 from cvjax.nn.convolution import convolution
 
 EXTRAS = ("pool", "backbone", "pyramid")
@@ -92,3 +93,49 @@ class FPN(nn.Module):
                 x = conv(3, 2, f"extra{number + 1}")(nn.relu(x) if number else x)
             levels.append(x)
         return levels
+
+
+class Pyramid(nn.Module):
+    """A backbone and the pyramid over some of its maps: an image at several resolutions.
+
+    Attributes:
+      backbone: a module with `features(x, *, train) -> {name: [b, h, w, c]}` and `strides`.
+      fpn: the pyramid.
+      stages: the names of the maps that are used; all of them when there are none.
+    """
+
+    backbone: nn.Module
+    fpn: FPN
+    stages: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for stage in self.stages:
+            if stage not in self.backbone.strides:
+                raise InputError(
+                    f"Pyramid: the backbone has no map {stage!r}"
+                    f"{nearest(stage, self.backbone.strides)}"
+                )
+        super().__post_init__()
+
+    def names(self) -> list[str]:
+        """The maps that are used, finest first."""
+        strides = self.backbone.strides
+        return sorted(self.stages or strides, key=strides.get)
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels of the image for one of each level; a level is ceil(size / stride) large."""
+        return self.fpn.strides([self.backbone.strides[name] for name in self.names()])
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """The levels [b, ceil(h / stride), ceil(w / stride), features] of images [b, h, w, c].
+
+        `valid`, bool [b], says which rows are real; a backbone that does not take it is not told.
+        """
+        takes_valid = "valid" in inspect.signature(self.backbone.features).parameters
+        told = {"valid": valid} if takes_valid else {}
+        maps = self.backbone.features(x, train=train, **told)
+        return self.fpn([maps[name] for name in self.names()])
