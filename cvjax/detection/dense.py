@@ -34,6 +34,7 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Keeps height and width."""
         init = nn.initializers.normal(0.01) if self.groups == 0 else None
         for number in range(self.depth):
             x = convolution(
@@ -51,7 +52,7 @@ class Tower(nn.Module):
 def output_layer(
     features: int, *, prior: bool = False, dtype: DTypeLike = jnp.float32, name: str | None = None
 ) -> nn.Conv:
-    """The last 3x3 convolution of a head: small weights; with `prior` its sigmoid begins at 0.01."""
+    """The last 3x3 convolution of a head; with `prior` its sigmoid begins at 0.01."""
     bias = float(-np.log((1 - PRIOR) / PRIOR)) if prior else 0.0
     return nn.Conv(
         features, (3, 3), padding=1, dtype=dtype, name=name,

@@ -26,7 +26,7 @@ class Detection:
     area inside of the image is none.
 
     Attributes:
-      model: a module with `__call__(x, *, train=False) -> outputs`, a pytree of arrays [b, ...], and
+      model: a module with `__call__(x, *, train=False) -> outputs`, arrays [b, ...], and
         two methods that are functions of these alone: `losses(outputs, truth, size) -> {name:
         scalar}` and `detections(outputs, size) -> {"boxes": [b, m, 4], "scores": [b, m], "labels":
         [b, m], "detected": bool [b, m]}`, with `truth` as the batch, without image, and `size` =
