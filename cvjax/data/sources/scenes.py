@@ -71,7 +71,7 @@ class Scenes:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the mask, or where it is not among the fields, of the boxes: the digits."""
+        """The classes of the mask; without a mask among the fields, those of the boxes."""
         return ("ground", *"0123456789") if "mask" in self.fields else tuple("0123456789")
 
     def __len__(self) -> int:
