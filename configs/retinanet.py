@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2400
+    config.steps = 1200
     config.batch_size = 16
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1200
+    config.evaluate_every = 600
 
     scenes = dict(type="data.sources.scenes.Scenes", fields=("image", "boxes"))
     config.data = dict(

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cvjax.errors import InputError
-from cvjax.nn.fpn import FPN, nearest_upsample
+from cvjax.nn.features import Patches
+from cvjax.nn.fpn import FPN, Pyramid, nearest_upsample
+from cvjax.nn.resnet import ResNet
 
 
 def slow_conv(x, kernel, bias, stride):
@@ -81,3 +83,28 @@ def test_impossible_settings():
         FPN(extra="p6")
     with pytest.raises(InputError, match="extra_levels is -1"):
         FPN(extra_levels=-1)
+
+
+def test_a_pyramid_over_any_backbone_has_levels_of_its_strides():
+    backbone = Patches(ResNet(stem="cifar", width=4, stage_sizes=(1, 1, 1)), 2)
+    pyramid = Pyramid(backbone, FPN(5, "pool", 1), ("stage3", "stage2"))
+    assert pyramid.strides == [4, 8, 16]
+    levels, variables = jax.eval_shape(
+        lambda: pyramid.init_with_output(jax.random.key(0), jnp.zeros((2, 37, 50, 3)))
+    )
+    assert [level.shape for level in levels] == [(2, 10, 13, 5), (2, 5, 7, 5), (2, 3, 4, 5)]
+    assert set(variables["params"]) == {"backbone", "fpn"}
+    assert Pyramid(backbone, FPN(5)).strides == [2, 4, 8]
+
+
+def test_statistics_are_those_of_the_valid_rows():
+    pyramid = Pyramid(ResNet(stem="cifar", width=4, stage_sizes=(1, 1)), FPN(4))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    variables = jax.jit(pyramid.init)(jax.random.key(0), x)
+    valid = np.array([True, False, True])
+    apply = jax.jit(
+        lambda x: pyramid.apply(variables, x, train=True, valid=valid, mutable=["batch_stats"])[0]
+    )
+    other = np.where(valid[:, None, None, None], x, 7 * x)
+    for ours, theirs in zip(apply(x), apply(other), strict=True):
+        np.testing.assert_array_equal(ours[valid], theirs[valid])
