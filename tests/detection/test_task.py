@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from cvjax import draw
+from cvjax.detection.centernet import CenterNet, CenterNetHead
 from cvjax.detection.fcos import FCOS, FCOSHead
 from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
 from cvjax.detection.task import Detection
@@ -30,10 +31,12 @@ def detector(kind, dtype="float32"):
     if kind == "retinanet":
         head = RetinaNetHead(CLASSES, 2, 8, 1, 2, dtype=dtype)
         return RetinaNet(pyramid(dtype), head, octaves=1, ratios=(1.0, 2.0), outputs=7)
+    if kind == "centernet":
+        return CenterNet(pyramid(dtype), CenterNetHead(CLASSES, 8, 1, 2, dtype=dtype), outputs=7)
     return FCOS(pyramid(dtype), FCOSHead(CLASSES, 8, 1, 2, dtype=dtype), outputs=7)
 
 
-KINDS = pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+KINDS = pytest.mark.parametrize("kind", ["retinanet", "fcos", "centernet"])
 
 
 def batch_of(b=4, n=5, seed=0):
