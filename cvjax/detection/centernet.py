@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.detection import geometry
+from cvjax.detection.boxes import clip
 from cvjax.detection.dense import (
     Detections,
     Tower,
@@ -19,6 +19,7 @@ from cvjax.detection.dense import (
     level_sizes,
     normalize,
     output_layer,
+    select,
 )
 
 
@@ -63,7 +64,7 @@ class CenterNet(nn.Module):
       overlap: a box whose corners are both moved within the spread of a peak has still this IoU
         with the true one.
       normalizer: of the losses, see `cvjax.detection.dense.normalize`; positives are objects.
-      candidates, score, outputs: of the selection, see `cvjax.detection.geometry.select`.
+      candidates, score, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
     encoder: nn.Module
@@ -135,7 +136,7 @@ class CenterNet(nn.Module):
             centres = jnp.stack([x, y], axis=-1) + outputs["offset"]
             half = outputs["size"] / 2
             boxes = stride * jnp.concatenate([centres - half, centres + half], axis=-1)
-            return geometry.select(
+            return select(
                 boxes.reshape(-1, 4), scores.reshape(-1, heat.shape[-1]), size=size, iou=1.0,
                 candidates=self.candidates, score=self.score, outputs=self.outputs,
             )  # fmt: skip
@@ -148,7 +149,7 @@ def centres_of(boxes: jax.Array, size: tuple[int, int], stride: int) -> tuple[ja
 
     The centres lie inside of the map.
     """
-    boxes = jnp.clip(boxes, 0.0, jnp.array([size[1], size[0], size[1], size[0]], jnp.float32))
+    boxes = clip(boxes, *size)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / stride
     return centres, (boxes[:, 2:] - boxes[:, :2]) / stride
 

@@ -1,4 +1,4 @@
-"""What one-stage detectors share: the towers of their heads, normalizers, and the last choice."""
+"""What one-stage detectors share: the towers of their heads, their loss, and the last choice."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from cvjax.detection.boxes import clip
+from cvjax.detection.nms import nms
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
@@ -93,3 +95,56 @@ def normalize(sums: jax.Array, counts: jax.Array, valid: jax.Array, normalizer: 
     if normalizer == "batch":
         return jnp.sum(sums) / jnp.maximum(1, jnp.sum(counts))
     return jnp.sum(sums / jnp.maximum(1, counts)) / jnp.maximum(1, jnp.sum(valid))
+
+
+def sigmoid_focal(
+    logits: jax.Array, targets: jax.Array, alpha: float = 0.25, gamma: float = 2.0
+) -> jax.Array:
+    """The focal loss of T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5: [...].
+
+    Targets are 0 or 1. From logarithms: right and with finite gradients for any finite logit.
+    """
+    signed = jnp.where(targets > 0, logits, -logits)
+    weight = jnp.where(targets > 0, alpha, 1 - alpha)
+    modulation = jnp.exp(gamma * jax.nn.log_sigmoid(-signed))  # (1 - p_t) ** gamma
+    return -weight * modulation * jax.nn.log_sigmoid(signed)
+
+
+def select(
+    boxes: jax.Array,
+    scores: jax.Array,
+    *,
+    candidates: int,
+    score: float,
+    iou: float,
+    outputs: int,
+    size: tuple[int, int],
+) -> dict[str, jax.Array]:
+    """Detections of one image: the best that no better one of the same class overlaps.
+
+    Args:
+      boxes: [a, 4], of any place; they are clipped to the image.
+      scores: [a, k], of each class, in [0, 1].
+      candidates: so many of the a * k scores, the highest, are looked at.
+      score: what is not above it is no detection.
+      iou: a detection with more overlap with a better one of its class is suppressed.
+      outputs: rows of the result.
+      size: height and width of the image.
+
+    Returns:
+      boxes [outputs, 4], scores [outputs], labels int32 [outputs], detected bool [outputs], the
+      best first, of equal ones that with the lower index; zeros where nothing was detected.
+    """
+    classes = scores.shape[-1]
+    best, index = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
+    labels = (index % classes).astype(jnp.int32)
+    found = clip(boxes[index // classes], *size)
+    good = (best > score) & jnp.all(found[:, 2:] > found[:, :2], axis=-1)
+    kept = nms(found, best, labels, good, iou_threshold=iou, max_outputs=outputs)
+    rows = kept.index
+    return {
+        "boxes": jnp.where(kept.valid[:, None], found[rows], 0.0),
+        "scores": kept.scores,
+        "labels": jnp.where(kept.valid, labels[rows], 0),
+        "detected": kept.valid,
+    }

@@ -15,7 +15,9 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from cvjax.detection import geometry
+from cvjax.detection.anchors import grid_points
+from cvjax.detection.boxes import paired_giou
+from cvjax.detection.coders import decode_distances
 from cvjax.detection.dense import (
     Detections,
     Tower,
@@ -24,7 +26,11 @@ from cvjax.detection.dense import (
     level_sizes,
     normalize,
     output_layer,
+    select,
+    sigmoid_focal,
 )
+
+LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a distance: exp(100) is no number
 
 
 class FCOSHead(nn.Module):
@@ -79,7 +85,7 @@ class FCOS(nn.Module):
         and the last for larger ones. The paper has 8.
       radius: only places this near to the box's centre, in strides along both axes, are positive.
       normalizer: of the losses, see `cvjax.detection.dense.normalize`.
-      candidates, score, iou, outputs: of the selection, see `cvjax.detection.geometry.select`.
+      candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
     encoder: nn.Module
@@ -116,13 +122,10 @@ class FCOS(nn.Module):
             stride = strides[number]
             low = self.reach * strides[number - 1] if number else 0.0
             high = self.reach * stride if number + 1 < len(strides) else math.inf
-            y, x = np.mgrid[:height, :width].reshape(2, -1)
-            points.append((np.stack([x, y], axis=-1) + 0.5) * stride)
+            points.append(grid_points(height, width, stride, offset=0.5))
             steps.append(np.full((height * width, 1), stride))
             ranges.append(np.full((height * width, 2), (low, high)))
-        return tuple(
-            jnp.asarray(np.concatenate(one), jnp.float32) for one in (points, steps, ranges)
-        )
+        return tuple(jnp.concatenate(one).astype(jnp.float32) for one in (points, steps, ranges))
 
     def losses(
         self, outputs: dict[str, jax.Array], truth: dict[str, jax.Array], size: tuple[int, int]
@@ -147,8 +150,8 @@ class FCOS(nn.Module):
                 outputs["centerness"][:, 0], centerness_of(boxes, points)
             )
             return (
-                jnp.sum(geometry.sigmoid_focal(logits, target)),
-                jnp.sum(jnp.where(is_positive, 1 - geometry.giou(found, boxes), 0.0)),
+                jnp.sum(sigmoid_focal(logits, target)),
+                jnp.sum(jnp.where(is_positive, 1 - paired_giou(found, boxes), 0.0)),
                 jnp.sum(jnp.where(is_positive, center, 0.0)),
                 jnp.sum(is_positive),
             )
@@ -170,7 +173,7 @@ class FCOS(nn.Module):
 
         def of_image(outputs: dict[str, jax.Array]) -> Detections:
             probability = jax.nn.sigmoid(outputs["logits"]) * jax.nn.sigmoid(outputs["centerness"])
-            return geometry.select(
+            return select(
                 boxes_of(outputs["distances"], points, strides), jnp.sqrt(probability), size=size,
                 candidates=self.candidates, score=self.score, iou=self.iou, outputs=self.outputs,
             )  # fmt: skip
@@ -219,8 +222,7 @@ def assign(
 
 def boxes_of(distances: jax.Array, points: jax.Array, strides: jax.Array) -> jax.Array:
     """Boxes [p, 4] from the logarithms of distances [p, 4] in strides, at most 1000 / 16."""
-    pixels = jnp.exp(jnp.minimum(distances, geometry.LARGEST_STEP)) * strides
-    return jnp.concatenate([points - pixels[:, :2], points + pixels[:, 2:]], axis=-1)
+    return decode_distances(jnp.exp(jnp.minimum(distances, LARGEST_STEP)), points, strides)
 
 
 def centerness_of(boxes: jax.Array, points: jax.Array) -> jax.Array:

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.detection import geometry
+from cvjax.detection.anchors import grid_anchors
+from cvjax.detection.boxes import iou
+from cvjax.detection.coders import decode_deltas, encode_deltas
 from cvjax.detection.dense import (
     Detections,
     Tower,
@@ -20,6 +22,8 @@ from cvjax.detection.dense import (
     level_sizes,
     normalize,
     output_layer,
+    select,
+    sigmoid_focal,
 )
 
 
@@ -69,9 +73,10 @@ class RetinaNet(nn.Module):
       octaves: how many sizes of anchors there are within a factor of two.
       ratios: height / width of the anchors.
       offset: of the anchors' centres, in strides: 0.5 is the middle of a cell; torchvision has 0.
+      rounded: the anchors' corners are whole pixels around their centres, as in torchvision.
       positive, negative: an anchor is positive from this IoU on, negative below that.
       normalizer: of the losses, see `cvjax.detection.dense.normalize`.
-      candidates, score, iou, outputs: of the selection, see `cvjax.detection.geometry.select`.
+      candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
     encoder: nn.Module
@@ -80,6 +85,7 @@ class RetinaNet(nn.Module):
     octaves: int = 3
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     offset: float = 0.5
+    rounded: bool = False
     positive: float = 0.5
     negative: float = 0.4
     normalizer: str = "image"
@@ -102,10 +108,21 @@ class RetinaNet(nn.Module):
     def anchors(self, size: tuple[int, int]) -> jax.Array:
         """The anchors of an image of some height and width, [a, 4]."""
         strides = self.encoder.strides
-        sizes = level_sizes(size, strides)
-        return jnp.asarray(
-            geometry.anchors(sizes, strides, self.scale, self.octaves, self.ratios, self.offset)
-        )
+        levels = []
+        for (height, width), stride in zip(level_sizes(size, strides), strides, strict=True):
+            sides = [self.scale * stride * 2 ** (i / self.octaves) for i in range(self.octaves)]
+            levels.append(
+                grid_anchors(
+                    height,
+                    width,
+                    stride,
+                    sides,
+                    self.ratios,
+                    offset=self.offset,
+                    rounded=self.rounded,
+                )
+            )
+        return jnp.concatenate(levels)
 
     def losses(
         self, outputs: dict[str, jax.Array], truth: dict[str, jax.Array], size: tuple[int, int]
@@ -118,15 +135,15 @@ class RetinaNet(nn.Module):
         anchors = self.anchors(size)
 
         def of_image(logits, deltas, boxes, labels, valid):
-            matched, is_positive, is_negative = geometry.match(
+            matched, is_positive, is_negative = match(
                 boxes, valid, anchors, self.positive, self.negative
             )
             target = jax.nn.one_hot(labels[matched], logits.shape[-1]) * is_positive[:, None]
-            focal = geometry.sigmoid_focal(logits, target)
+            focal = sigmoid_focal(logits, target)
             counts = (is_positive | is_negative)[:, None]
             # An anchor that has no box is its own: its step is zero, and its gradient finite.
             boxes = jnp.where(is_positive[:, None], boxes[matched], anchors)
-            steps = jnp.abs(deltas - geometry.encode(boxes, anchors))
+            steps = jnp.abs(deltas - encode_deltas(boxes, anchors))
             return (
                 jnp.sum(jnp.where(counts, focal, 0.0)),
                 jnp.sum(jnp.where(is_positive[:, None], steps, 0.0)),
@@ -147,9 +164,39 @@ class RetinaNet(nn.Module):
         anchors = self.anchors(size)
 
         def of_image(logits: jax.Array, deltas: jax.Array) -> Detections:
-            return geometry.select(
-                geometry.decode(deltas, anchors), jax.nn.sigmoid(logits), size=size,
+            return select(
+                decode_deltas(deltas, anchors), jax.nn.sigmoid(logits), size=size,
                 candidates=self.candidates, score=self.score, iou=self.iou, outputs=self.outputs,
             )  # fmt: skip
 
         return jax.vmap(of_image)(outputs["logits"], outputs["deltas"])
+
+
+def match(
+    boxes: jax.Array,
+    valid: jax.Array,
+    anchors: jax.Array,
+    positive: float,
+    negative: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which box each anchor shall find: the one with the largest IoU.
+
+    An anchor is positive from the IoU `positive` on, and also when no other anchor overlaps some
+    box more than it does (S. Ren et al., https://arxiv.org/abs/1506.01497, section 3.1.2), negative
+    below `negative`, else it counts nowhere.
+
+    Args:
+      boxes: [n, 4], n >= 1.
+      valid: bool [n]; a row that is not valid must be finite.
+      anchors: [a, 4].
+      positive, negative: thresholds of the IoU.
+
+    Returns:
+      matched: int32 [a], rows of `boxes`; is_positive: bool [a]; is_negative: bool [a].
+    """
+    overlaps = jnp.where(valid[:, None], iou(boxes, anchors), -1.0)
+    matched, best = jnp.argmax(overlaps, axis=0), jnp.max(overlaps, axis=0)
+    best_of_box = jnp.max(overlaps, axis=1, keepdims=True)
+    is_best = jnp.any((overlaps == best_of_box) & (best_of_box > 0), axis=0)
+    is_positive = (best >= positive) | is_best
+    return matched.astype(jnp.int32), is_positive, (best < negative) & ~is_positive

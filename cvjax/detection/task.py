@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from clu.metrics import Average
 
 from cvjax import draw
+from cvjax.detection.boxes import clip
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
@@ -43,7 +44,7 @@ class Detection:
     weights: Mapping[str, float] = field(default_factory=dict)
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
-    shown_score: float = 0.3
+    shown_score: float = 0.5
 
     @property
     def objectives(self) -> Sequence[Objective]:
@@ -140,7 +141,7 @@ class Detection:
         height, width = batch["image"].shape[1:3]
         valid = jnp.asarray(batch["valid"])
         boxes = jnp.asarray(batch["boxes"], jnp.float32)
-        inside = jnp.clip(boxes, 0.0, jnp.array([width, height, width, height], jnp.float32))
+        inside = clip(boxes, height, width)
         has_area = jnp.all(inside[..., 2:] > inside[..., :2], axis=-1)
         real = jnp.asarray(batch["box_valid"]) & valid[:, None] & has_area
         boxes = jnp.where(real[..., None], boxes, 0.0)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.detection import geometry
-from cvjax.detection.fcos import FCOS, FCOSHead, assign, boxes_of, centerness_of
+from cvjax.detection.fcos import FCOS, LARGEST_STEP, FCOSHead, assign, boxes_of, centerness_of
 from cvjax.errors import InputError
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
@@ -158,7 +157,7 @@ def test_centerness_at_the_centre_and_at_the_border():
     np.testing.assert_allclose(centerness_of(boxes, points), [1, np.sqrt(1 / 3), 0], rtol=1e-6)
     found = boxes_of(jnp.array([[100.0, -100, 0, 0]]), jnp.array([[0.0, 0]]), jnp.array([[8.0]]))
     np.testing.assert_allclose(found, [[-500, 0, 8, 8]], rtol=1e-5, atol=1e-30)
-    assert geometry.LARGEST_STEP == np.log(1000 / 16)
+    assert LARGEST_STEP == np.log(1000 / 16)
 
 
 def test_the_number_of_parameters_is_that_of_torchvision():

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax.detection import geometry
-from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
+from cvjax.detection.anchors import grid_anchors
+from cvjax.detection.boxes import iou as iou_matrix
+from cvjax.detection.coders import encode_deltas
+from cvjax.detection.retinanet import RetinaNet, RetinaNetHead, match
 from cvjax.errors import InputError
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
@@ -27,6 +29,49 @@ def truth_of(seed=0):
     }
 
 
+def test_anchors_stand_in_the_order_level_row_column_ratio_octave():
+    model = RetinaNet(ENCODER, RetinaNetHead(3, 4), scale=3.0, octaves=2, ratios=(0.5, 2.0))
+    expected = [
+        [(x + 0.5) * s - w / 2, (y + 0.5) * s - h / 2, (x + 0.5) * s + w / 2, (y + 0.5) * s + h / 2]
+        for s, rows, columns in ((4, 10, 13), (8, 5, 7), (16, 3, 4))
+        for y in range(rows)
+        for x in range(columns)
+        for ratio in (0.5, 2.0)
+        for side in (3 * s, 3 * s * 2**0.5)
+        for h, w in [(side * ratio**0.5, side / ratio**0.5)]
+    ]
+    np.testing.assert_allclose(model.anchors(SIZE), expected, rtol=1e-5, atol=1e-4)
+    rounded = RetinaNet(ENCODER, RetinaNetHead(3), scale=3.0, offset=0, rounded=True)
+    np.testing.assert_array_equal(rounded.anchors(SIZE) % 1, 0)
+    np.testing.assert_array_equal(rounded.anchors(SIZE)[3], [-6, -6, 6, 6])
+
+
+def boxes_of(rng, *shape, size=50.0):
+    corner = rng.uniform(-5, size, (*shape, 2))
+    return np.concatenate([corner, corner + rng.uniform(1, 30, (*shape, 2))], -1).astype(np.float32)
+
+
+def test_matching_follows_the_rules_one_anchor_after_the_other():
+    rng = np.random.default_rng(3)
+    anchors = grid_anchors(6, 7, 8, (16, 23), (1.0, 2.0), offset=0.5, rounded=False)
+    for n in range(6):
+        boxes = boxes_of(rng, 6)
+        boxes[0] = boxes[1]  # a tie: the first has it
+        if n == 5:
+            boxes[2] = -500, -500, -400, -400  # overlaps nothing: it makes no anchor positive
+        valid = np.arange(6) < n + 1
+        matched, is_positive, is_negative = match(boxes, valid, anchors, 0.5, 0.4)
+        iou = np.asarray(iou_matrix(boxes, anchors))[: n + 1]
+        for i in range(len(anchors)):
+            best = iou[:, i].max()
+            is_best = any(iou[j, i] == iou[j].max() > 0 for j in range(n + 1))
+            assert is_positive[i] == (best >= 0.5 or is_best)
+            assert is_negative[i] == (best < 0.4 and not is_best)
+            assert not is_positive[i] or matched[i] == iou[:, i].argmax()
+    _, is_positive, is_negative = match(boxes, np.zeros(6, bool), anchors, 0.5, 0.4)
+    assert not is_positive.any() and is_negative.all()
+
+
 @pytest.mark.parametrize("normalizer", ["image", "batch"])
 def test_losses_are_those_of_the_slow_loop(normalizer):
     model = RetinaNet(ENCODER, RetinaNetHead(CLASSES), scale=3.0, normalizer=normalizer)
@@ -39,7 +84,7 @@ def test_losses_are_those_of_the_slow_loop(normalizer):
     sums, counts = [], []
     for i in range(3):
         boxes = truth["boxes"][i][truth["box_valid"][i]]
-        iou = np.asarray(geometry.iou_matrix(boxes, anchors)) if len(boxes) else np.zeros((1, 1))
+        iou = np.asarray(iou_matrix(boxes, anchors)) if len(boxes) else np.zeros((1, 1))
         focal = l1 = positives = 0
         for a in range(len(anchors)):
             best = iou[:, a].max() if len(boxes) else 0.0
@@ -78,11 +123,9 @@ def test_the_encoded_truth_is_detected_and_costs_nothing():
     logits = np.full((3, len(anchors), CLASSES), -50.0, np.float32)
     deltas = np.zeros((3, len(anchors), 4), np.float32)
     for i in range(3):
-        matched, positive, _ = geometry.match(
-            truth["boxes"][i], truth["box_valid"][i], anchors, 0.5, 0.4
-        )
+        matched, positive, _ = match(truth["boxes"][i], truth["box_valid"][i], anchors, 0.5, 0.4)
         boxes = np.where(np.asarray(positive)[:, None], truth["boxes"][i][matched], anchors)
-        deltas[i] = geometry.encode(boxes, anchors)
+        deltas[i] = encode_deltas(boxes, anchors)
         logits[i, positive, truth["box_label"][i][matched][positive]] = 50.0
     outputs = {"logits": logits, "deltas": deltas}
     assert all(value < 1e-5 for value in model.losses(outputs, truth, SIZE).values())
