@@ -101,6 +101,7 @@ def matrix_nms(
     alive, ranked = alive[order], scores[order]
     better = jnp.triu(jnp.ones((count, count), bool), 1) & alive[:, None] & alive
     if labels is not None:
+        labels = jnp.asarray(labels)
         better &= labels[order][:, None] == labels[order]
     overlap = jnp.where(better, jnp.asarray(overlaps, jnp.float32)[order][:, order], 0.0)
     worst = jnp.max(overlap, axis=0)[:, None]  # of each i with what is better than i
@@ -134,12 +135,13 @@ def _one_by_one(
     if count == 0:
         return _nothing(max_outputs)
     places = jnp.arange(count, dtype=jnp.int32)
+    labels = None if labels is None else jnp.asarray(labels)
     # Coordinate by coordinate: rows of four do not fill a processor's registers.
     columns = jnp.asarray(boxes, jnp.float32).T
 
     def take(scores: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         top = jnp.max(scores)
-        # The first of the best; twice as fast as argmax, whose reduction is not vectorized.
+        # The first of the best, by two reductions over one array each: the compiler makes those fast.
         best = jnp.min(jnp.where(scores == top, places, count))
         best = jnp.minimum(best, count - 1)
         overlap = iou(columns[:, best][None], columns.T)[0]
