@@ -1,4 +1,4 @@
-"""What one-stage detectors share: the towers of their heads, their loss, and the last choice."""
+"""What one-stage detectors share: the towers of their heads, normalizers, and the last choice."""
 
 from collections.abc import Sequence
 
@@ -95,19 +95,6 @@ def normalize(sums: jax.Array, counts: jax.Array, valid: jax.Array, normalizer: 
     if normalizer == "batch":
         return jnp.sum(sums) / jnp.maximum(1, jnp.sum(counts))
     return jnp.sum(sums / jnp.maximum(1, counts)) / jnp.maximum(1, jnp.sum(valid))
-
-
-def sigmoid_focal(
-    logits: jax.Array, targets: jax.Array, alpha: float = 0.25, gamma: float = 2.0
-) -> jax.Array:
-    """The focal loss of T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5: [...].
-
-    Targets are 0 or 1. From logarithms: right and with finite gradients for any finite logit.
-    """
-    signed = jnp.where(targets > 0, logits, -logits)
-    weight = jnp.where(targets > 0, alpha, 1 - alpha)
-    modulation = jnp.exp(gamma * jax.nn.log_sigmoid(-signed))  # (1 - p_t) ** gamma
-    return -weight * modulation * jax.nn.log_sigmoid(signed)
 
 
 def select(

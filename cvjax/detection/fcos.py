@@ -27,8 +27,8 @@ from cvjax.detection.dense import (
     normalize,
     output_layer,
     select,
-    sigmoid_focal,
 )
+from cvjax.detection.losses import sigmoid_focal
 
 LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a distance: exp(100) is no number
 

@@ -23,8 +23,8 @@ from cvjax.detection.dense import (
     normalize,
     output_layer,
     select,
-    sigmoid_focal,
 )
+from cvjax.detection.losses import sigmoid_focal
 
 
 class RetinaNetHead(nn.Module):
