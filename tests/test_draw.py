@@ -167,3 +167,18 @@ def test_painted_classes_let_the_image_through():
     np.testing.assert_allclose(painted, expected, rtol=1e-6)
     batch = draw.paint_classes(image[None], np.array([[[0, 1, 255]]]), opacity=0.5)
     np.testing.assert_array_equal(batch[0], painted)
+
+
+def test_boxes_painted_inside_jit_are_those_drawn_outside():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(2, 9, 12, 1)).astype(np.float32)
+    boxes = rng.uniform(-3, 13, size=(2, 4, 4)).astype(np.float32)
+    boxes[1, 0] = 0, 0, 12, 9
+    boxes[1, 1] = 5, 5, 5, 5
+    labels = np.array([[0, 3, 9, 12], [1, 1, 2, 0]])
+    shown = np.array([[True, True, False, True], [True, True, True, False]])
+    found = jax.jit(draw.paint_boxes)(images, boxes, labels, shown)
+    for i in range(2):
+        rows = np.flatnonzero(shown[i])[::-1]  # The first lie on top: they are drawn last.
+        expected = draw.boxes(images[i], boxes[i, rows], labels[i, rows])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6)

@@ -123,3 +123,8 @@ def test_the_loader_keeps_integers():
 def test_scenes_that_cannot_be(change, message):
     with pytest.raises(InputError, match=message):
         Scenes(**change)
+
+
+def test_the_classes_of_boxes_have_no_ground():
+    assert Scenes(fields=("image", "boxes")).class_names == tuple("0123456789")
+    assert Scenes(fields=("image", "mask", "boxes")).class_names[0] == "ground"

@@ -71,8 +71,8 @@ class Scenes:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the mask."""
-        return ("ground", *"0123456789")
+        """The classes of the mask; without a mask among the fields, those of the boxes."""
+        return ("ground", *"0123456789") if "mask" in self.fields else tuple("0123456789")
 
     def __len__(self) -> int:
         return self.count

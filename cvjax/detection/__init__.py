@@ -1,0 +1,1 @@
+"""Objects, their masks and their keypoints: boxes, anchors, assignment, losses, suppression."""

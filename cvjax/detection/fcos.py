@@ -1,0 +1,232 @@
+"""FCOS: at each place of a pyramid, a class, the distances to a box's sides, and its centerness.
+
+Z. Tian, C. Shen, H. Chen, T. He: FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019
+(https://arxiv.org/abs/1904.01355), with the sampling near centres, the generalized IoU and the
+centerness beside the boxes of its later version (https://arxiv.org/abs/2006.09214).
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from cvjax.detection.anchors import grid_points
+from cvjax.detection.boxes import paired_giou
+from cvjax.detection.coders import decode_distances
+from cvjax.detection.dense import (
+    Detections,
+    Tower,
+    check_normalizer,
+    flatten,
+    level_sizes,
+    normalize,
+    output_layer,
+    select,
+)
+from cvjax.detection.losses import sigmoid_focal
+
+LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a distance: exp(100) is no number
+
+
+class FCOSHead(nn.Module):
+    """Two towers, for classes and for boxes, the same at all levels but for a scale at each.
+
+    Attributes:
+      num_classes: length of the logits.
+      features, depth, groups: of the towers (`cvjax.detection.dense.Tower`).
+      dtype: of the computation; parameters are float32.
+    """
+
+    num_classes: int
+    features: int = 256
+    depth: int = 4
+    groups: int = 32
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        """Levels [b, h_i, w_i, c] -> arrays of all p places, float32.
+
+        "logits" [b, p, classes], "distances" [b, p, 4], the logarithms of the distances left, up,
+        right and down in strides, and "centerness" [b, p, 1], a logit.
+        """
+        towers = [
+            Tower(self.features, self.depth, self.groups, self.dtype, name=f"{name}_tower")
+            for name in ("class", "box")
+        ]
+        classes = output_layer(self.num_classes, prior=True, dtype=self.dtype, name="logits")
+        distances = output_layer(4, dtype=self.dtype, name="distances")
+        centerness = output_layer(1, dtype=self.dtype, name="centerness")
+        outputs = {"logits": [], "distances": [], "centerness": []}
+        for number, x in enumerate(levels, start=1):
+            scale = self.param(f"scale{number}", nn.initializers.ones, ())
+            box = towers[1](x)
+            outputs["logits"].append(classes(towers[0](x)))
+            outputs["distances"].append(scale * distances(box).astype(jnp.float32))
+            outputs["centerness"].append(centerness(box))
+        channels = {"logits": self.num_classes, "distances": 4, "centerness": 1}
+        return {name: flatten(maps, channels[name]) for name, maps in outputs.items()}
+
+
+class FCOS(nn.Module):
+    """The detector.
+
+    Attributes:
+      encoder: a module with `__call__(x, *, train, valid) -> levels` and `strides`, for example
+        `cvjax.nn.fpn.Pyramid`.
+      head: levels to "logits", "distances" and "centerness" of all places, as `FCOSHead`.
+      reach: a level with stride s is for boxes whose farthest side, seen from the place, is
+        between reach * s / 2 and reach * s pixels away; the first level is also for smaller ones
+        and the last for larger ones. The paper has 8.
+      radius: only places this near to the box's centre, in strides along both axes, are positive.
+      normalizer: of the losses, see `cvjax.detection.dense.normalize`.
+      candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
+    """
+
+    encoder: nn.Module
+    head: nn.Module
+    reach: float = 8.0
+    radius: float = 1.5
+    normalizer: str = "batch"
+    candidates: int = 1000
+    score: float = 0.05
+    iou: float = 0.6
+    outputs: int = 100
+
+    def __post_init__(self):
+        check_normalizer("FCOS", self.normalizer)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Returns what the head says of images [b, h, w, c]."""
+        return self.head(self.encoder(x, train=train, valid=valid))
+
+    def places(self, size: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """All places of an image of some height and width.
+
+        Returns:
+          Their centres, x and y in pixels [p, 2]; their strides [p, 1]; and the least and the
+          largest distance to the farthest side that is theirs, in pixels [p, 2].
+        """
+        strides = self.encoder.strides
+        points, steps, ranges = [], [], []
+        for number, (height, width) in enumerate(level_sizes(size, strides)):
+            stride = strides[number]
+            low = self.reach * strides[number - 1] if number else 0.0
+            high = self.reach * stride if number + 1 < len(strides) else math.inf
+            points.append(grid_points(height, width, stride, offset=0.5))
+            steps.append(np.full((height * width, 1), stride))
+            ranges.append(np.full((height * width, 2), (low, high)))
+        return tuple(jnp.concatenate(one).astype(jnp.float32) for one in (points, steps, ranges))
+
+    def losses(
+        self, outputs: dict[str, jax.Array], truth: dict[str, jax.Array], size: tuple[int, int]
+    ) -> dict[str, jax.Array]:
+        """`classification` (focal), `box` (1 - generalized IoU) and `centerness` (cross-entropy).
+
+        `truth` is "boxes" [b, n, 4], "box_label" int [b, n], "box_valid" bool [b, n] and "valid"
+        bool [b]; what is not valid is finite.
+        """
+        points, strides, ranges = self.places(size)
+
+        def of_image(outputs, boxes, labels, valid):
+            matched, is_positive = assign(boxes, valid, points, strides, ranges, self.radius)
+            logits = outputs["logits"]
+            target = jax.nn.one_hot(labels[matched], logits.shape[-1]) * is_positive[:, None]
+            # A place without a box has one of its own, so that its gradient is finite.
+            own = jnp.concatenate([points - strides, points + strides], axis=-1)
+            boxes = jnp.where(is_positive[:, None], boxes[matched], own)
+            found = boxes_of(outputs["distances"], points, strides)
+            found = jnp.where(is_positive[:, None], found, own)
+            center = optax.sigmoid_binary_cross_entropy(
+                outputs["centerness"][:, 0], centerness_of(boxes, points)
+            )
+            return (
+                jnp.sum(sigmoid_focal(logits, target)),
+                jnp.sum(jnp.where(is_positive, 1 - paired_giou(found, boxes), 0.0)),
+                jnp.sum(jnp.where(is_positive, center, 0.0)),
+                jnp.sum(is_positive),
+            )
+
+        *sums, positives = jax.vmap(of_image)(
+            outputs, truth["boxes"], truth["box_label"], truth["box_valid"]
+        )
+        return {
+            name: normalize(one, positives, truth["valid"], self.normalizer)
+            for name, one in zip(("classification", "box", "centerness"), sums, strict=True)
+        }
+
+    def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:
+        """The objects that are found: boxes, scores, labels, detected, [b, outputs, ...].
+
+        The score is the geometric mean of the class's probability and the centerness.
+        """
+        points, strides, _ = self.places(size)
+
+        def of_image(outputs: dict[str, jax.Array]) -> Detections:
+            probability = jax.nn.sigmoid(outputs["logits"]) * jax.nn.sigmoid(outputs["centerness"])
+            return select(
+                boxes_of(outputs["distances"], points, strides), jnp.sqrt(probability), size=size,
+                candidates=self.candidates, score=self.score, iou=self.iou, outputs=self.outputs,
+            )  # fmt: skip
+
+        return jax.vmap(of_image)(outputs)
+
+
+def assign(
+    boxes: jax.Array,
+    valid: jax.Array,
+    points: jax.Array,
+    strides: jax.Array,
+    ranges: jax.Array,
+    radius: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Which box each place shall find: the smallest of those that it may (section 3.2).
+
+    A place may find a box in which it lies, not on its border, whose centre is less than `radius`
+    strides away along both axes, and whose farthest side is more than the least and at most the
+    largest distance of its range away.
+
+    Args:
+      boxes: [n, 4], n >= 1; valid: bool [n].
+      points: [p, 2]; strides: [p, 1]; ranges: [p, 2].
+      radius: in strides.
+
+    Returns:
+      matched: int32 [p], rows of `boxes`, of equal ones the first; is_positive: bool [p].
+    """
+    distances = jnp.concatenate(
+        [points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]], axis=-1
+    )
+    away = jnp.abs(points[:, None] - (boxes[None, :, :2] + boxes[None, :, 2:]) / 2)
+    farthest = jnp.max(distances, axis=-1)
+    may = (
+        valid
+        & (jnp.min(distances, axis=-1) > 0)
+        & (jnp.max(away, axis=-1) < radius * strides)
+        & (farthest > ranges[:, :1])
+        & (farthest <= ranges[:, 1:])
+    )
+    area = jnp.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
+    matched = jnp.argmin(jnp.where(may, area, jnp.inf), axis=1)
+    return matched.astype(jnp.int32), jnp.any(may, axis=1)
+
+
+def boxes_of(distances: jax.Array, points: jax.Array, strides: jax.Array) -> jax.Array:
+    """Boxes [p, 4] from the logarithms of distances [p, 4] in strides, at most 1000 / 16."""
+    return decode_distances(jnp.exp(jnp.minimum(distances, LARGEST_STEP)), points, strides)
+
+
+def centerness_of(boxes: jax.Array, points: jax.Array) -> jax.Array:
+    """1 in the middle of a box [p, 4], 0 at its border, for points in it [p, 2]; equation 3."""
+    before, after = points - boxes[:, :2], boxes[:, 2:] - points
+    ratio = jnp.minimum(before, after) / jnp.maximum(before, after)
+    return jnp.sqrt(jnp.prod(ratio, axis=-1))

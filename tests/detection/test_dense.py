@@ -1,0 +1,76 @@
+"""What one-stage detectors share, against slow loops and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.detection.dense import normalize, select
+
+
+def boxes_of(rng, *shape, size=50.0):
+    corner = rng.uniform(-5, size, (*shape, 2))
+    return np.concatenate([corner, corner + rng.uniform(1, 30, (*shape, 2))], -1).astype(np.float32)
+
+
+def slow_iou(a, b):
+    a, b = np.float64(a), np.float64(b)
+    sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
+    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
+    either = area(a) + area(b) - sides.prod()
+    return sides.prod() / either if either else 0.0
+
+
+def slow_select(boxes, scores, candidates, score, iou, size):
+    """Detections, one after the other."""
+    flat = sorted(
+        ((-s, i * scores.shape[1] + k) for i, row in enumerate(scores) for k, s in enumerate(row)),
+    )[:candidates]
+    found = []
+    for minus, index in flat:
+        box = np.clip(boxes[index // scores.shape[1]], 0, [size[1], size[0], size[1], size[0]])
+        label = index % scores.shape[1]
+        if -minus <= score or box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        if all(other != label or slow_iou(box, b) <= iou for b, _, other in found):
+            found.append((box, -minus, label))
+    return found
+
+
+@pytest.mark.parametrize("candidates, outputs", [(60, 12), (25, 30), (1000, 5)])
+def test_selection_is_that_of_the_slow_one(candidates, outputs):
+    size, rng = (40, 50), np.random.default_rng(4)
+    found_by = jax.jit(lambda boxes, scores: select(
+        boxes, scores, candidates=candidates, score=0.3, iou=0.4, outputs=outputs, size=size,
+    ))  # fmt: skip
+    for _ in range(5):
+        boxes = boxes_of(rng, 40, size=30.0)
+        boxes[3], boxes[5] = boxes[4], [60, 60, 70, 70]
+        scores = np.round(rng.uniform(size=(40, 3)), 1).astype(np.float32)  # many ties
+        scores[scores == np.float32(0.3)] = 0.29  # the slow one compares in other precision
+        found = found_by(boxes, scores)
+        expected = slow_select(boxes, scores, candidates, 0.3, 0.4, size)[:outputs]
+        n = len(expected)
+        np.testing.assert_array_equal(found["detected"], np.arange(outputs) < n)
+        for name, column in zip(("boxes", "scores", "labels"), zip(*expected, strict=True),
+                                strict=True):  # fmt: skip
+            np.testing.assert_array_equal(found[name][:n], column)
+            assert not found[name][n:].any()
+
+
+def test_touching_overlap_is_kept_and_other_classes_do_not_rival():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 10]], np.float32)
+    scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.0, 0.7]], np.float32)
+    found = select(boxes, scores, candidates=6, score=0.1, iou=0.5, outputs=3, size=(20, 20))
+    # The IoU of the first two is 0.5, which is not more than 0.5.
+    np.testing.assert_array_equal(found["labels"], [0, 0, 1])
+    assert found["detected"].all()
+
+
+def test_normalizers_by_hand():
+    sums, counts = jnp.array([6.0, 5.0, np.nan, 4.0]), jnp.array([3, 0, 7, 1])
+    valid = jnp.array([True, True, False, True])
+    np.testing.assert_allclose(normalize(sums, counts, valid, "image"), (2 + 5 + 4) / 3)
+    np.testing.assert_allclose(normalize(sums, counts, valid, "batch"), 15 / 4)
+    for normalizer in ("image", "batch"):
+        assert normalize(sums, counts, jnp.zeros(4, bool), normalizer) == 0

@@ -1,0 +1,101 @@
+"""Suppression against loops over detections."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.detection import boxes as geometry
+from cvjax.detection.nms import matrix_nms, nms, soft_nms
+
+
+def scene(seed, count, ties=False):
+    rng = np.random.default_rng(seed)
+    low = rng.integers(-30, 30, (count, 2))
+    box = np.concatenate([low, low + rng.integers(1, 30, (count, 2))], 1).astype(np.float32)
+    score = rng.integers(0, 5, count) / 5 if ties else rng.uniform(0.05, 1, count)
+    return box, score.astype(np.float32), rng.integers(0, 3, count), rng.random(count) < 0.9
+
+
+def brute(box, score, label, valid, threshold):
+    overlap = np.asarray(geometry.iou(box, box))
+    kept = []
+    for i in sorted(np.flatnonzero(valid), key=lambda i: (-score[i], i)):
+        if not any(label[i] == label[j] and overlap[i, j] > threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+fast = jax.jit(nms, static_argnames=("iou_threshold", "max_outputs"))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_nms_is_greedy(seed, ties):
+    box, score, label, valid = scene(seed, 60, ties)
+    expected = brute(box, score, label, valid, 0.25)
+    kept = fast(box, score, label, valid, iou_threshold=0.25, max_outputs=70)
+    assert list(kept.index[kept.valid]) == expected
+    np.testing.assert_array_equal(kept.scores[: len(expected)], score[expected])
+    assert not kept.valid[len(expected) :].any() and not kept.index[len(expected) :].any()
+    few = fast(box, score, label, valid, iou_threshold=0.25, max_outputs=4)
+    assert list(few.index) == expected[:4]
+
+
+def test_the_threshold_is_strict_and_garbage_changes_nothing():
+    box = np.array([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 5.1]], np.float32)
+    score = np.array([0.9, 0.8, 0.7], np.float32)
+    kept = nms(box, score, iou_threshold=0.5, max_outputs=3)
+    np.testing.assert_array_equal(kept.valid, [True, True, False])
+    box, score, label, _ = scene(0, 20)
+    valid = np.arange(20) < 12
+    clean = nms(box, score, label, valid, iou_threshold=0.3, max_outputs=20)
+    for junk in (np.nan, np.inf, -np.inf):
+        box[12:], score[12:] = junk, junk
+        dirty = nms(box, score, label, valid, iou_threshold=0.3, max_outputs=20)
+        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    many = jax.vmap(lambda b: nms(b, score, label, valid, iou_threshold=0.3, max_outputs=20))
+    np.testing.assert_array_equal(many(np.stack([box, box])).index[1], clean.index)
+    assert not nms(box[:0], score[:0], iou_threshold=0.3, max_outputs=2).valid.any()
+    assert not nms(box, score, label, valid & False, iou_threshold=0.3, max_outputs=2).valid.any()
+
+
+@pytest.mark.parametrize("sigma", [0.5, None])
+def test_soft_nms(sigma):
+    box, score, label, valid = scene(3, 40)
+    overlap, left, expected = np.asarray(geometry.iou(box, box)), score * valid, []
+    while left.max() >= 0.1:
+        i = int(left.argmax())
+        expected.append((i, left[i]))
+        factor = np.exp(-(overlap[i] ** 2) / sigma) if sigma else np.where(
+            overlap[i] >= 0.3, 1 - overlap[i], 1
+        )  # fmt: skip
+        left = np.where(label == label[i], left * factor, left)
+        left[i] = 0
+    kept = soft_nms(box, score, label, valid, sigma=sigma, min_score=0.1, max_outputs=40)
+    assert list(kept.index[kept.valid]) == [i for i, _ in expected]
+    np.testing.assert_allclose(kept.scores[kept.valid], [s for _, s in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [2.0, None])
+def test_matrix_nms(sigma):
+    box, score, label, valid = scene(4, 30)
+    overlap = np.asarray(geometry.iou(box, box))
+    better = {
+        j: [i for i in range(30) if valid[i] and score[i] > score[j] and label[i] == label[j]]
+        for j in np.flatnonzero(valid)
+    }
+    f = (lambda v: np.exp(-sigma * v**2)) if sigma else (lambda v: 1 - v)
+    worst = {j: max((overlap[i, j] for i in better[j]), default=0.0) for j in better}
+    expected = np.zeros(30)
+    for j in better:
+        factors = [f(overlap[i, j]) / f(worst[i]) for i in better[j]]
+        expected[j] = score[j] * min([1.0, *factors])
+    kept = matrix_nms(overlap, score, label, valid, sigma=sigma, max_outputs=35)
+    assert kept.valid.sum() == valid.sum()
+    index = np.asarray(kept.index[kept.valid])
+    np.testing.assert_allclose(kept.scores[kept.valid], expected[index], rtol=1e-5)
+    assert (np.diff(kept.scores) <= 0).all()
+    junk = np.where(valid[:, None] & valid, overlap, np.nan)
+    again = matrix_nms(jnp.asarray(junk), score, label, valid, sigma=sigma, max_outputs=35)
+    jax.tree.map(np.testing.assert_array_equal, kept, again)

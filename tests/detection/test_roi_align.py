@@ -1,0 +1,100 @@
+"""ROIAlign against a loop over samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.detection.roi_align import fpn_levels, roi_align
+
+
+def value(image, y, x):
+    height, width = image.shape[:2]
+    if y < -1 or y > height or x < -1 or x > width:
+        return np.zeros(image.shape[-1])
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    y0, x0 = int(y), int(x)
+    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    v, u = y - y0, x - x0
+    top = image[y0, x0] * (1 - u) + image[y0, x1] * u
+    return top * (1 - v) + (image[y1, x0] * (1 - u) + image[y1, x1] * u) * v
+
+
+def slow(image, box, stride, size, samples, aligned):
+    x1, y1, x2, y2 = np.float64(box) / stride - (0.5 if aligned else 0)
+    high, wide = y2 - y1, x2 - x1
+    if not aligned:
+        high, wide = max(high, 1), max(wide, 1)
+    high, wide = high / size[0], wide / size[1]
+    rows, columns = samples or int(np.ceil(high)), samples or int(np.ceil(wide))
+    out = np.zeros((*size, image.shape[-1]))
+    for i in range(size[0]):
+        for j in range(size[1]):
+            for a in range(rows):
+                for b in range(columns):
+                    y, x = y1 + (i + (a + 0.5) / rows) * high, x1 + (j + (b + 0.5) / columns) * wide
+                    out[i, j] += value(image, y, x)
+    return out / max(rows * columns, 1)
+
+
+BOXES = np.array(
+    [[3, 5, 21, 30], [-30, -9, 14, 13], [10, 12, 200, 150], [4, 4, 4, 4], [500, 9, 600, 90],
+     [7.5, 2.25, 8.5, 40]], np.float32
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [2, None])
+def test_samples_one_by_one(aligned, samples):
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(2, 11, 13, 3)), rng.normal(size=(2, 6, 7, 3))]
+    maps = [m.astype(np.float32) for m in maps]
+    levels = rng.integers(0, 2, (2, len(BOXES)))
+    boxes = np.stack([BOXES, BOXES + 1.5])
+    call = jax.jit(
+        lambda m, b, v: roi_align(
+            m, b, v, strides=(4, 8), output_size=(3, 2), samples=samples, max_samples=25,
+            aligned=aligned,
+        )
+    )  # fmt: skip
+    out = call(maps, boxes, levels)
+    for image in range(2):
+        for row, level in enumerate(levels[image]):
+            expected = slow(
+                maps[level][image], boxes[image, row], (4, 8)[level], (3, 2), samples, aligned
+            )
+            # float32 against float64; ceil of a whole number of cells does not occur in BOXES
+            np.testing.assert_allclose(out[image, row], expected, atol=2e-5)
+    weight = rng.normal(size=out.shape).astype(np.float32)
+    gradient = jax.grad(lambda m: jnp.sum(call(m, boxes, levels) * weight))(maps)
+    # Linear in the maps, so <gradient, maps> is the value itself.
+    whole = sum(np.vdot(g, m) for g, m in zip(gradient, maps, strict=True))
+    np.testing.assert_allclose(whole, np.vdot(out, weight), rtol=1e-3, atol=1e-4)
+    to_boxes = jax.grad(lambda b: jnp.sum(call(maps, b, levels)))(boxes)
+    assert not np.any(to_boxes)
+
+
+def test_garbage_chunks_and_types():
+    rng = np.random.default_rng(1)
+    features = jnp.asarray(rng.normal(size=(1, 20, 24, 1024)), jnp.bfloat16)
+    boxes = rng.uniform(0, 60, (1, 30, 4)).astype(np.float32)  # 10 chunks of these channels
+    boxes[..., 2:] += boxes[..., :2]
+    settings = dict(strides=(4,), output_size=(7, 7))
+    out = roi_align([features], boxes, **settings)
+    assert out.dtype == jnp.bfloat16
+    for row in (0, 13, 29):
+        alone = roi_align([features], boxes[:, row : row + 1], **settings)
+        np.testing.assert_array_equal(out[:, row], alone[:, 0])
+    for junk in (np.nan, np.inf, -np.inf):
+        dirty = boxes.copy()
+        dirty[:, 5] = junk
+        again = np.asarray(roi_align([features], dirty, **settings), np.float32)
+        assert not again[0, 5].any()
+        np.testing.assert_array_equal(np.delete(again, 5, 1), np.delete(out, 5, 1))
+    assert roi_align([features], boxes[:, :0], **settings).shape == (1, 0, 7, 7, 1024)
+
+
+def test_levels():
+    box = np.array([[0, 0, 224, 224], [0, 0, 112, 112], [0, 0, 111, 111], [0, 0, 9000, 9000],
+                    [0, 0, 0, 0], [np.nan] * 4])  # fmt: skip
+    np.testing.assert_array_equal(fpn_levels(box, 2, 5)[:5], [2, 1, 0, 3, 0])

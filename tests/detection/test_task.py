@@ -1,0 +1,259 @@
+"""What holds for every detector: edges, padding, one compilation, and the picture."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cvjax import draw
+from cvjax.detection.centernet import CenterNet, CenterNetHead
+from cvjax.detection.fcos import FCOS, FCOSHead
+from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
+from cvjax.detection.task import Detection
+from cvjax.nn.fpn import FPN, Pyramid
+from cvjax.nn.resnet import ResNet
+from cvjax.train.task import Task
+
+CLASSES, SIZE = 3, (36, 50)  # neither side is a multiple of the largest stride
+
+
+def pyramid(dtype):
+    backbone = ResNet(stem="cifar", width=8, stage_sizes=(1, 1, 1), dtype=dtype)
+    return Pyramid(backbone, FPN(8, "pyramid", 1, dtype=dtype), ("stage2", "stage3"))
+
+
+@functools.cache
+def detector(kind, dtype="float32"):
+    if kind == "retinanet":
+        head = RetinaNetHead(CLASSES, 2, 8, 1, 2, dtype=dtype)
+        return RetinaNet(pyramid(dtype), head, octaves=1, ratios=(1.0, 2.0), outputs=7)
+    if kind == "centernet":
+        return CenterNet(pyramid(dtype), CenterNetHead(CLASSES, 8, 1, 2, dtype=dtype), outputs=7)
+    return FCOS(pyramid(dtype), FCOSHead(CLASSES, 8, 1, 2, dtype=dtype), outputs=7)
+
+
+KINDS = pytest.mark.parametrize("kind", ["retinanet", "fcos", "centernet"])
+
+
+def batch_of(b=4, n=5, seed=0):
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, (25, 18), (b, n, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(4, 20, (b, n, 2))], axis=-1)
+    return {
+        "image": rng.uniform(size=(b, *SIZE, 3)).astype(np.float32),
+        "boxes": boxes.astype(np.float32),
+        "box_label": rng.integers(CLASSES, size=(b, n), dtype=np.int32),
+        "box_valid": np.ones((b, n), bool),
+        "valid": np.ones(b, bool),
+    }
+
+
+@functools.cache
+def initialized(kind):
+    return jax.jit(Detection(detector(kind)).init)(jax.random.key(0), batch_of())
+
+
+@functools.cache
+def step_of(kind, dtype="float32"):
+    """The jitted gradient, metrics, detections and picture; it counts how often it is traced."""
+    task = Detection(detector(kind, dtype))
+    traces = []
+
+    def step(params, model_state, batch):
+        traces.append(1)
+        state = SimpleNamespace(model_state=model_state)
+        loss = task.objectives[0].loss
+        result = jax.value_and_grad(loss, has_aux=True)(params, state, batch, jax.random.key(1))
+        return result, [
+            method(params, model_state, batch, jax.random.key(0))
+            for method in (task.evaluate, task.predict, task.visualize)
+        ]
+
+    return jax.jit(step), traces
+
+
+def run(kind, batch, dtype="float32"):
+    return step_of(kind, dtype)[0](*initialized(kind), batch)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def edges():
+    """Batches at the edges, all of one shape."""
+    yield "full", batch_of()
+    empty = batch_of()
+    empty["box_valid"][1] = False
+    yield "one empty image", empty
+    empty = batch_of()
+    empty["box_valid"][:] = False
+    yield "no object anywhere", empty
+    nothing = batch_of()
+    nothing["valid"][:] = False
+    yield "no image", nothing
+    odd = batch_of()
+    odd["boxes"][0, 0] = 10, 10, 10, 10
+    odd["boxes"][0, 1] = 10, 10, 30, 10
+    odd["boxes"][1, 0] = -90, -90, -50, -50
+    odd["boxes"][1, 1] = 80, 80, 120, 90
+    odd["boxes"][2, 0] = -1e4, -1e4, 1e4, 1e4
+    odd["boxes"][2, 1] = 20, 20, 20 + 1e-5, 20 + 1e-5
+    odd["boxes"][3, :] = odd["boxes"][3, 0]
+    yield "zero area, outside, huge, tiny, twins", odd
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_and_gradients_are_finite_at_all_edges_in_one_compilation(kind, dtype):
+    for name, batch in edges():
+        trained, (metrics, outputs, pictures) = run(kind, batch, dtype)
+        everything = jax.tree.leaves((trained, metrics, outputs, pictures))
+        assert all(np.isfinite(leaf).all() for leaf in everything), name
+        assert {leaf.dtype for leaf in jax.tree.leaves(trained[1])} == {jnp.dtype("float32")}
+    assert len(step_of(kind, dtype)[1]) == 1
+
+
+@KINDS
+def test_no_image_teaches_nothing(kind):
+    batch = dict(edges())["no image"]
+    (result, gradient), (metrics, _, _) = run(kind, batch)
+    assert result[0] == 0 and metrics["loss"].count == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    assert_equal(result[1][0], initialized(kind)[1])
+
+
+@KINDS
+def test_garbage_in_the_padding_changes_nothing_bit_for_bit(kind):
+    one, other = batch_of(), batch_of()
+    for batch in (one, other):
+        batch["valid"][2] = False
+        batch["box_valid"][0, 3:] = batch["box_valid"][1, 0] = batch["box_valid"][3] = False
+    other["image"][2] = np.nan
+    other["boxes"][2] = np.nan
+    other["boxes"][~other["box_valid"]] = np.nan
+    other["box_label"][~other["box_valid"]] = -77
+    other["box_label"][2] = 99
+    other["boxes"][1, 0] = np.inf
+    (trained, (metrics, outputs, pictures)) = run(kind, one)
+    (trained_other, (metrics_other, outputs_other, pictures_other)) = run(kind, other)
+    assert_equal((trained, metrics, pictures), (trained_other, metrics_other, pictures_other))
+    assert_equal(outputs, outputs_other)
+
+
+@KINDS
+def test_an_invalid_row_is_as_if_it_was_not_there(kind):
+    """The losses of rows 0 and 1 among others that are not valid, and alone."""
+    task, (params, model_state) = Detection(detector(kind)), initialized(kind)
+    batch = batch_of()
+    batch["valid"][2:] = False
+    alone = {name: value[:2] for name, value in batch.items()}
+    found, expected = (
+        jax.jit(task.evaluate)(params, model_state, one, None) for one in (batch, alone)
+    )
+    for name in expected:
+        assert expected[name].count == found[name].count == 2
+        # Sums over batches of another size may be taken in another order.
+        np.testing.assert_allclose(found[name].compute(), expected[name].compute(), rtol=1e-5)
+
+
+@KINDS
+def test_the_order_and_number_of_padding_rows_changes_nothing(kind):
+    task, (params, model_state) = Detection(detector(kind)), initialized(kind)
+    evaluate = jax.jit(task.evaluate)
+    names = "boxes", "box_label", "box_valid"
+    batch = batch_of()
+    batch["box_valid"][:, 3:] = False
+    turned = {**batch, **{name: batch[name][:, ::-1] for name in names}}
+    shorter = {**batch, **{name: batch[name][:, :3] for name in names}}
+    hidden = {**batch, "box_valid": np.zeros_like(batch["box_valid"])}
+    none = {**batch, **{name: batch[name][:, :0] for name in names}}
+    for one, other in ((batch, turned), (batch, shorter), (hidden, none)):
+        a, b = (evaluate(params, model_state, x, None) for x in (one, other))
+        for name in a:
+            np.testing.assert_allclose(a[name].compute(), b[name].compute(), rtol=1e-5)
+
+
+@KINDS
+def test_huge_logits_have_finite_losses_and_gradients(kind):
+    model, batch = detector(kind), batch_of()
+    truth = {name: value for name, value in batch.items() if name != "image"}
+    shapes = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), jnp.zeros((4, *SIZE, 3)))[0]
+    )
+    loss = jax.jit(jax.value_and_grad(lambda o: sum(model.losses(o, truth, SIZE).values())))
+    detections = jax.jit(lambda outputs: model.detections(outputs, SIZE))
+    rng = np.random.default_rng(0)
+    for values in ([100.0], [-100.0], [-100.0, 100.0], [0.0]):
+        outputs = jax.tree.map(
+            lambda x, v=values: jnp.asarray(rng.choice(v, x.shape), jnp.float32), shapes
+        )
+        value, gradient = loss(outputs)
+        assert np.isfinite(value)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+        found = detections(outputs)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+@KINDS
+def test_detections_have_a_fixed_shape_and_lie_in_the_image(kind):
+    assert isinstance(Detection(detector(kind)), Task)
+    _, (_, found, _) = run(kind, batch_of())
+    assert {name: (value.shape, value.dtype.name) for name, value in found.items()} == {
+        "boxes": ((4, 7, 4), "float32"),
+        "scores": ((4, 7), "float32"),
+        "labels": ((4, 7), "int32"),
+        "detected": ((4, 7), "bool"),
+    }
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= np.array([50, 36, 50, 36])).all()
+    assert (np.diff(found["scores"], axis=1) <= 0).all()
+
+
+@KINDS
+def test_a_batch_is_learned_by_heart(kind):
+    """Gradient descent on four scenes finds all their objects before all else."""
+    batch = batch_of(seed=1)
+    batch["box_valid"][:, 2:] = False
+    for row in range(4):  # A colour for each class, on grey: there is something to see.
+        batch["image"][row] = 0.5
+        batch["boxes"][row, :2] = [[2, 2, 18, 20], [22 + row, 8, 40 + row, 30]]
+        for i, (x1, y1, x2, y2) in enumerate(batch["boxes"][row, :2].astype(int)):
+            batch["image"][row, y1:y2, x1:x2] = np.eye(3)[batch["box_label"][row, i]]
+    params, model_state = initialized(kind)
+    step, _ = step_of(kind)
+    optimizer = optax.adam(1e-2)
+    update = jax.jit(lambda gradient, moments, params: _apply(optimizer, gradient, moments, params))
+    moments = optimizer.init(params)
+    for _ in range(150):
+        ((_, (model_state, _)), gradient), (_, found, _) = step(params, model_state, batch)
+        params, moments = update(gradient, moments, params)
+    for row in range(4):
+        assert found["scores"][row, 1] > max(0.2, 1.2 * found["scores"][row, 2])
+        boxes, labels = (np.asarray(found[name][row])[:2] for name in ("boxes", "labels"))
+        order = np.argsort(boxes[:, 0])
+        np.testing.assert_allclose(boxes[order], batch["boxes"][row, :2], atol=4.0)
+        np.testing.assert_array_equal(labels[order], batch["box_label"][row, :2])
+
+
+def _apply(optimizer, gradient, moments, params):
+    updates, moments = optimizer.update(gradient, moments)
+    return optax.apply_updates(params, updates), moments
+
+
+@KINDS
+def test_the_picture_has_truth_left_and_prediction_right(kind):
+    batch = batch_of()
+    batch["valid"][1] = False
+    batch["box_valid"][0, 2:] = False
+    _, (_, _, pictures) = run(kind, batch)
+    picture = np.asarray(pictures["detection"])
+    assert picture.shape == (2 + 38, 2 + 4 * 102, 3)
+    assert not picture[2:38, 104:204].any()
+    # Nothing is sure yet: on the right there is only the image.
+    np.testing.assert_array_equal(picture[2:38, 52:102], batch["image"][0])
+    expected = draw.boxes(batch["image"][0], batch["boxes"][0, 1::-1], batch["box_label"][0, 1::-1])
+    np.testing.assert_allclose(picture[2:38, 2:52], expected, atol=1e-6)
