@@ -141,7 +141,7 @@ def _one_by_one(
 
     def take(scores: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         top = jnp.max(scores)
-        # The first of the best, by two reductions over one array each: the compiler makes those fast.
+        # The first of the best, by two plain reductions, which the compiler vectorizes.
         best = jnp.min(jnp.where(scores == top, places, count))
         best = jnp.minimum(best, count - 1)
         overlap = iou(columns[:, best][None], columns.T)[0]

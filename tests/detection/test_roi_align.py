@@ -84,7 +84,9 @@ def test_garbage_chunks_and_types():
     assert out.dtype == jnp.bfloat16
     for row in (0, 13, 29):
         alone = roi_align([features], boxes[:, row : row + 1], **settings)
-        np.testing.assert_array_equal(out[:, row], alone[:, 0])
+        # A chunk of another size may sum in another order: float32, then rounded to bfloat16.
+        here, there = (np.asarray(v, np.float32) for v in (out[:, row], alone[:, 0]))
+        np.testing.assert_allclose(here, there, rtol=2**-7, atol=1e-5)
     for junk in (np.nan, np.inf, -np.inf):
         dirty = boxes.copy()
         dirty[:, 5] = junk

@@ -1,0 +1,242 @@
+"""Assigners against loops over truths and anchors, scipy, and garbage in the padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from cvjax.detection import assigners, boxes, coders
+from cvjax.detection.anchors import grid_anchors, grid_points
+from cvjax.detection.heatmaps import centre_heatmap, gaussian_radius
+from cvjax.detection.hungarian import detr_cost, hungarian
+from cvjax.errors import InputError
+
+ANCHORS = np.concatenate([
+    grid_anchors(8, 8, 8, (16,), offset=0.5, rounded=False),
+    grid_anchors(4, 4, 16, (32,), offset=0.5, rounded=False),
+])  # fmt: skip
+POINTS = np.concatenate([grid_points(8, 8, 8, offset=0.5), grid_points(4, 4, 16, offset=0.5)])
+STRIDES = np.repeat(np.float32([8, 16]), [64, 16])
+RANGES = np.repeat(np.float32([[0, 16], [16, 1e8]]), [64, 16], 0)
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(80, 3)).astype(np.float32)
+PREDICTED = np.concatenate([POINTS - 12, POINTS + RNG.uniform(4, 20, (80, 2))], 1).astype("f")
+
+
+def truth(seed):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 40, (6, 2))
+    box = np.concatenate([low, low + rng.uniform(3, 40, (6, 2))], 1).astype(np.float32)
+    box[1] = box[0]  # a tie
+    box[2, 2:] = box[2, :2]  # no area
+    return box, rng.integers(0, 3, 6), np.arange(6) < 5
+
+
+def of_max_iou(box, label, valid):
+    return assigners.max_iou(
+        ANCHORS, box, valid, foreground=0.5, background=0.3, low_quality=True
+    )  # fmt: skip
+
+
+def of_atss(box, label, valid):
+    return assigners.atss(ANCHORS, box, valid, (192, 48))
+
+
+def of_fcos(box, label, valid):
+    return assigners.fcos(POINTS, box, valid, RANGES, STRIDES)
+
+
+def of_sim_ota(box, label, valid):
+    return assigners.sim_ota(POINTS, STRIDES, box, label, valid, LOGITS, PREDICTED)
+
+
+def of_centres(box, label, valid):
+    return centre_heatmap(box, label, valid, height=16, width=15, stride=4, num_classes=3)[1]
+
+
+def of_hungarian(box, label, valid):
+    return hungarian(detr_cost(LOGITS, PREDICTED / 64, box / 64, label), valid)
+
+
+ALL = [of_max_iou, of_atss, of_fcos, of_sim_ota, of_centres, of_hungarian]
+
+
+@pytest.mark.parametrize("assign", ALL)
+def test_padding_empty_and_batches(assign):
+    box, label, valid = truth(0)
+    compiled = jax.jit(assign)
+    clean = compiled(box, label, valid)
+    assert clean.foreground.any() and clean.index.dtype == jnp.int32
+    assert not np.any(clean.index[~clean.foreground])
+    assert valid[clean.index[clean.foreground]].all()
+    for junk in (np.nan, np.inf, -np.inf):
+        dirty, odd = box.copy(), label.copy()
+        dirty[~valid], odd[~valid] = junk, 10**6
+        jax.tree.map(np.testing.assert_array_equal, clean, compiled(dirty, odd, valid))
+    nobody = compiled(box * np.nan, label, valid & False)
+    assert not nobody.foreground.any() and (nobody.weight == 1).all()
+    assert not assign(box[:0], label[:0], valid[:0]).foreground.any()
+    both = jax.vmap(assign)(
+        np.stack([box, box]), np.stack([label, label]), np.stack([~valid, valid])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[1]), clean, both)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_max_iou(seed):
+    box, label, valid = truth(seed)
+    out, overlap = of_max_iou(box, label, valid), np.asarray(boxes.iou(box, ANCHORS))
+    for k in range(len(ANCHORS)):
+        column = [overlap[i, k] for i in range(5)]
+        saved = any(column[i] == overlap[i].max() > 0 for i in range(5))
+        if max(column) >= 0.5 or saved:
+            assert out.foreground[k] and out.index[k] == int(np.argmax(column))
+        else:
+            assert not out.foreground[k] and out.weight[k] == (max(column) < 0.3)
+    # What the matched truth is encoded to gives it back.
+    code = coders.encode_deltas(box[out.index], ANCHORS)
+    back = np.asarray(coders.decode_deltas(code, ANCHORS))[out.foreground]
+    np.testing.assert_allclose(back, box[out.index][out.foreground], atol=1e-4)
+    with pytest.raises(InputError, match="background"):
+        assigners.max_iou(ANCHORS, box, valid, foreground=0.3, background=0.4, low_quality=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_atss(seed):
+    box, label, valid = truth(seed)
+    out, overlap = of_atss(box, label, valid), np.asarray(boxes.iou(box, ANCHORS))
+    centre = (ANCHORS[:, :2] + ANCHORS[:, 2:]) / 2
+    best = np.zeros(len(ANCHORS)) - 1
+    index = np.zeros(len(ANCHORS), int)
+    for i in range(5):
+        away = ((centre - (box[i, :2] + box[i, 2:]) / 2) ** 2).sum(-1)
+        near = [a + np.argsort(away[a:b], kind="stable")[:9] for a, b in ((0, 192), (192, 240))]
+        near = np.concatenate(near)
+        threshold = overlap[i, near].mean() + overlap[i, near].std(ddof=1)
+        for k in near:
+            inside = (box[i, :2] < centre[k]).all() and (centre[k] < box[i, 2:]).all()
+            if inside and overlap[i, k] >= threshold and overlap[i, k] > best[k]:
+                best[k], index[k] = overlap[i, k], i
+    np.testing.assert_array_equal(out.foreground, best > -1)
+    np.testing.assert_array_equal(out.index, index)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fcos(seed):
+    box, label, valid = truth(seed)
+    out = of_fcos(box, label, valid)
+    for k, (x, y) in enumerate(POINTS):
+        best = None
+        for i in range(5):
+            x1, y1, x2, y2 = box[i]
+            sides = (x - x1, y - y1, x2 - x, y2 - y)
+            fits = min(sides) > 0 and RANGES[k, 0] <= max(sides) <= RANGES[k, 1]
+            fits &= max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2)) < 1.5 * STRIDES[k]
+            size = (x2 - x1) * (y2 - y1)
+            if fits and (best is None or size < best[0]):
+                best = size, i
+        assert out.foreground[k] == (best is not None)
+        assert out.index[k] == (best[1] if best else 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sim_ota(seed):
+    box, label, valid = truth(seed)
+    out, overlap = of_sim_ota(box, label, valid), np.asarray(boxes.iou(box, PREDICTED))
+    p = 1 / (1 + np.exp(-LOGITS.astype(float)))
+    taken = {}
+    for i in range(5):
+        middle = (box[i, :2] + box[i, 2:]) / 2
+        cost, ious = {}, []
+        for k, point in enumerate(POINTS):
+            inside = (box[i, :2] < point).all() and (point < box[i, 2:]).all()
+            central = np.abs(point - middle).max() < 2.5 * STRIDES[k]
+            if inside or central:
+                target = np.arange(3) == label[i]
+                entropy = -np.log(np.where(target, p[k], 1 - p[k])).sum()
+                cost[k] = entropy - 3 * np.log(overlap[i, k] + 1e-8)
+                cost[k] += 0 if inside and central else 1e5
+                ious.append(overlap[i, k])
+        count = max(1, int(sum(sorted(ious)[-10:])))
+        for k in sorted(cost, key=cost.get)[:count]:
+            if k not in taken or cost[k] < taken[k][0]:
+                taken[k] = cost[k], i
+    assert set(np.flatnonzero(out.foreground)) == set(taken)
+    # Rows 0 and 1 are the same box: with the same label either is right.
+    for k, (_, i) in taken.items():
+        got = int(out.index[k])
+        assert got == i or ({got, i} == {0, 1} and label[0] == label[1])
+
+
+solve = jax.jit(hungarian)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "huge", "shifted"])
+def test_hungarian_is_exact(kind):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        cost = rng.normal(size=(7, 9))
+        cost = {"normal": cost, "ties": rng.integers(0, 3, (7, 9)), "huge": cost * 1e20,
+                "shifted": cost - 50}[kind].astype(np.float32)  # fmt: skip
+        valid = rng.random(7) < 0.7
+        out = solve(np.where(valid[:, None], cost, np.nan), valid)
+        columns = np.flatnonzero(out.foreground)
+        rows = np.asarray(out.index)[columns]
+        assert sorted(rows) == list(np.flatnonzero(valid))
+        best = linear_sum_assignment(cost[valid])
+        least = cost[valid].astype(float)[best].sum()
+        np.testing.assert_allclose(cost.astype(float)[rows, columns].sum(), least, rtol=1e-5)
+    with pytest.raises(InputError, match="truth"):
+        hungarian(cost.T, np.ones(9, bool))
+
+
+def test_hungarian_avoids_what_is_not_finite():
+    cost = np.array([[np.nan, 5.0, 1.0], [np.inf, 9.0, 1.0]], np.float32)
+    out = solve(cost, np.ones(2, bool))
+    assert list(out.foreground) == [False, True, True] and list(out.index) == [0, 0, 1]
+
+
+def test_detr_cost():
+    box, label, _ = truth(1)
+    box = np.abs(box) / 100
+    out = detr_cost(LOGITS, PREDICTED / 64, box, label)
+    p = np.exp(LOGITS[7]) / np.exp(LOGITS[7]).sum()
+    ends = [
+        np.concatenate([v[:2] - v[2:] / 2, v[:2] + v[2:] / 2]) for v in (box[3], PREDICTED[7] / 64)
+    ]
+    overlap = boxes.paired_giou(*ends)
+    expected = -p[label[3]] + 5 * np.abs(box[3] - PREDICTED[7] / 64).sum() - 2 * overlap
+    np.testing.assert_allclose(out[3, 7], expected, rtol=1e-5)
+
+
+def test_gaussian_radius():
+    for height, width in ((10.0, 20.0), (3.0, 50.0), (7.0, 7.0)):
+        r = float(gaussian_radius(jnp.float32(height), jnp.float32(width)))
+
+        def overlaps(r, height=height, width=width):
+            whole = jnp.array([0, 0, width, height])
+            moves = jnp.array([[r, r, r, r], [r, r, -r, -r], [-r, -r, r, r]])
+            return min(float(boxes.paired_iou(whole, whole + move)) for move in moves)
+
+        np.testing.assert_allclose(overlaps(r), 0.7, atol=1e-4)
+
+
+def test_heatmap():
+    box = np.array([[8, 8, 40, 32], [20, 4, 60, 60], [500, 0, 600, 9], [9, 9, 9, 9]], np.float32)
+    make = functools.partial(centre_heatmap, height=16, width=15, stride=4, num_classes=2)
+    heat, out = make(box, np.array([0, 0, 1, 1]), np.ones(4, bool))
+    expected = np.zeros((16, 15))
+    for row in range(2):
+        x1, y1, x2, y2 = box[row] / 4
+        x, y = int((x1 + x2) / 2), int((y1 + y2) / 2)
+        r = int(gaussian_radius(y2 - y1, x2 - x1))
+        for j in range(max(0, y - r), min(16, y + r + 1)):
+            for i in range(max(0, x - r), min(15, x + r + 1)):
+                bump = np.exp(-((i - x) ** 2 + (j - y) ** 2) / (2 * ((2 * r + 1) / 6) ** 2))
+                expected[j, i] = max(expected[j, i], bump)
+        assert heat[y, x, 0] == 1 and out.foreground[y * 15 + x] and out.index[y * 15 + x] == row
+    np.testing.assert_allclose(heat[..., 0], expected, atol=1e-6)
+    assert not heat[..., 1].any() and out.foreground.sum() == 2
