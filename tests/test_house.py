@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"data", "nn", "draw", "errors"}
+GROUND = {"data", "nn", "draw", "errors", "evaluation"}
 ABOVE = {"build", "config", "run"}
 
 

@@ -1,0 +1,62 @@
+"""Class-conditional GAN on 4,000 real MNIST digits.
+
+A projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637) with spectral normalization
+on every layer, conditional BatchNorm in the generator, the non-saturating loss; pictures are drawn
+with averaged weights, for which the BatchNorm statistics are taken anew.
+
+    python main.py --config=configs/conditional_gan.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 3000
+    config.batch_size = 64
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 1000
+
+    config.data = dict(
+        train=dict(type="data.sources.digits.Digits", split="train"),
+        test=dict(type="data.sources.digits.Digits", split="test"),
+        transforms=dict(),
+        threads=0,
+        processes=0,
+    )
+    config.task = dict(
+        type="gan.task.GAN",
+        generator=dict(
+            type="gan.model.Generator", shape=(28, 28, 1), widths=(64, 32), num_classes=10
+        ),
+        discriminator=dict(
+            type="gan.model.Discriminator",
+            widths=(32, 64, 128),
+            num_classes=10,
+            spectral_norm=True,
+        ),
+        latents=64,
+        num_classes=10,
+        loss=dict(type="gan.losses.NonSaturating"),
+        critic_steps=1,
+        gradient_penalty=0.0,
+        r1=0.0,
+        augment=dict(type="gan.augment.diff_augment", translation=0.08),
+    )
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(type="optax.adam", b1=0.5, b2=0.99),
+        learning_rate=dict(type="optax.constant_schedule", value=5e-4),
+        clip_norm=None,
+        accumulate=1,
+    )
+    config.ema = dict(generator=dict(type="train.step.warmed_up_decay", decay=0.995))
+
+    if tiny:
+        config.steps, config.batch_size = 4, 16
+        config.log_every = config.evaluate_every = 2
+        config.task.generator.widths = (4, 4)
+        config.task.discriminator.widths = (4, 4)
+    return config

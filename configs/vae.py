@@ -1,0 +1,65 @@
+"""Variational autoencoder of 4,000 real MNIST digits, 16 latents.
+
+Convolutional encoder and decoder, Bernoulli likelihood (Kingma and Welling 2014, arXiv:1312.6114);
+4,000 digits are few, so that they are turned, scaled and moved a little.
+
+    python main.py --config=configs/vae.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2400
+    config.batch_size = 64
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 1200
+
+    config.data = dict(
+        train=dict(type="data.sources.digits.Digits", split="train"),
+        test=dict(type="data.sources.digits.Digits", split="test"),
+        transforms=dict(
+            affine=dict(
+                type="data.transforms.geometry.random_affine",
+                degrees=10.0,
+                scale=(0.9, 1.1),
+                pixels=1.0,
+            ),
+        ),
+        threads=0,
+        processes=0,
+    )
+    config.task = dict(
+        type="autoencoder.task.VAE",
+        encoder=dict(type="autoencoder.model.Encoder", outputs=32, widths=(32, 64), hidden=256),
+        decoder=dict(
+            type="autoencoder.model.Decoder", shape=(28, 28, 1), widths=(64, 32), hidden=256
+        ),
+        latents=16,
+        likelihood=dict(type="autoencoder.likelihoods.Bernoulli"),
+        beta=1.0,
+        warmup_steps=0,
+        free_bits=0.0,
+        importance_samples=64,
+    )
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(type="optax.adamw"),
+        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=2e-3),
+        warmup_steps=50,
+        weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
+        clip_norm=None,
+        accumulate=1,
+    )
+    config.ema = dict(model=dict(type="train.step.warmed_up_decay", decay=0.998))
+
+    if tiny:
+        config.steps, config.batch_size = 4, 16
+        config.log_every = config.evaluate_every = 2
+        config.task.encoder.update(widths=(4, 4), hidden=16)
+        config.task.decoder.update(widths=(4, 4), hidden=16)
+        config.task.importance_samples = 2
+    return config

@@ -1,0 +1,106 @@
+"""How near generated examples are to real ones, in the space of some extractor's features.
+
+Features are [n, d] arrays, one row for each example; all is computed in float64 by NumPy. With the
+features of an Inception network trained on ImageNet the first is the FID; with any others it is not
+and should be called by the name of what extracted them. Values depend on n: compare sets of equal
+size, and give the value of real against real beside them.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.spatial.distance import cdist
+
+from cvjax.errors import InputError
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def frechet_distance(real: ArrayLike, fake: ArrayLike) -> float:
+    """The squared Wasserstein distance between normal fits: means and unbiased covariances.
+
+    |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (M. Heusel et al., arXiv:1706.08500, equation 6).
+    By eigenvalues of symmetric matrices, so that singular covariances, as of fewer examples than
+    features, need no correction. Raises InputError for fewer than 2 examples.
+    """
+    real, fake = _pair(real, fake, 2)
+    between = np.sum((real.mean(0) - fake.mean(0)) ** 2)
+    one, two = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, fake))
+    values, vectors = np.linalg.eigh(one)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    return float(between + np.trace(one) + np.trace(two) - 2 * cross)
+
+
+def kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:
+    """The unbiased squared MMD of the kernel (x y / d + 1)^3, over all pairs; may be below 0.
+
+    M. Binkowski et al., https://arxiv.org/abs/1801.01401, section 4; of Inception features the
+    KID. Raises InputError for fewer than 2 examples.
+    """
+    real, fake = _pair(real, fake, 2)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+
+    def within(x: Array) -> float:
+        values = kernel(x, x)
+        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+
+    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
+
+
+def precision_recall_density_coverage(
+    real: ArrayLike, fake: ArrayLike, neighbours: int = 5
+) -> dict[str, float]:
+    """How many fakes lie among real examples, and how many real ones among fakes.
+
+    The ball of an example reaches to its k-th neighbour in its own set. `precision`: fakes in any
+    real ball; `recall`: real ones in any fake's ball (T. Kynkäänniemi et al., arXiv:1904.06991);
+    `density`: real balls that hold a fake, over k, mean, may pass 1; `coverage`: real balls with a
+    fake in them (M. Naeem et al., https://arxiv.org/abs/2002.09797, equations 3 and 4).
+    Raises InputError unless each set has more than `neighbours` examples.
+    """
+    if neighbours < 1:
+        raise InputError(f"neighbours is {neighbours}; it must be at least 1")
+    real, fake = _pair(real, fake, neighbours + 1)
+    # Each example is its own neighbour 0.
+    real_radius, fake_radius = (
+        np.partition(cdist(x, x), neighbours, axis=1)[:, neighbours] for x in (real, fake)
+    )
+    distance = cdist(real, fake)
+    in_real, in_fake = distance <= real_radius[:, None], distance <= fake_radius
+    return {
+        "precision": float(in_real.any(0).mean()),
+        "recall": float(in_fake.any(1).mean()),
+        "density": float(in_real.sum(0).mean() / neighbours),
+        "coverage": float(in_real.any(1).mean()),
+    }
+
+
+def classifier_score(probabilities: ArrayLike) -> float:
+    """exp of the mutual information of example and class, in [1, classes].
+
+    `probabilities` [n, classes], rows that sum to 1. With an Inception network it is the Inception
+    score (T. Salimans et al., https://arxiv.org/abs/1606.03498, section 4).
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2 or not len(p) or (p < 0).any() or not np.allclose(p.sum(1), 1, atol=1e-3):
+        raise InputError(f"probabilities {list(p.shape)} must be [n, classes], rows summing to 1")
+    marginal = p.mean(0)
+    ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)
+    return float(np.exp((p * np.log(ratio)).sum(1).mean()))
+
+
+def _pair(real: ArrayLike, fake: ArrayLike, least: int) -> tuple[Array, Array]:
+    real, fake = (np.asarray(x, np.float64) for x in (real, fake))
+    for name, x in (("real", real), ("fake", fake)):
+        if x.ndim != 2 or len(x) < least:
+            raise InputError(f"{name} features are {list(x.shape)}; [n >= {least}, d] is needed")
+        if not np.isfinite(x).all():
+            raise InputError(f"{name} features have values that are not finite")
+    if real.shape[1] != fake.shape[1]:
+        raise InputError(
+            f"real features have {real.shape[1]} numbers, fake ones {fake.shape[1]}; they must "
+            "come from one extractor"
+        )
+    return real, fake

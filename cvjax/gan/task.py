@@ -1,0 +1,199 @@
+"""Generative adversarial networks: two objectives, taken in turn."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cvjax import draw
+from cvjax.errors import InputError
+from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
+from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.task import Batch, Metrics, Objective, mean
+
+
+@dataclass(frozen=True)
+class GAN:
+    """Trains `generator` against `discriminator`, `critic_steps` steps to one.
+
+    A batch is {"image": float32 [b, h, w, c] in [0, 1], "label": int32 [b], "valid": bool [b]}.
+    Each objective draws as many images as the batch has rows, of classes chosen uniformly.
+
+    Attributes:
+      generator: `__call__(z [b, latents], label [b], train=) -> [b, h, w, c]` in [0, 1].
+      discriminator: `__call__(image, label [b], train=) -> logit [b]`.
+      latents: the dimension of z, standard normal.
+      num_classes: 0 ignores the labels.
+      loss: one of `cvjax.gan.losses`.
+      critic_steps: steps of the discriminator for each step of the generator, on one batch.
+      gradient_penalty: the weight of (|grad D| - 1)^2 between real and generated images.
+      r1: gamma; gamma / 2 |grad D|^2 at real images is added.
+      augment: `(image, rng) -> image`, what the discriminator sees; such as
+        `cvjax.gan.augment.diff_augment`.
+      statistics_batch: how many images the BatchNorm statistics of `sample` are taken of.
+    """
+
+    generator: nn.Module
+    discriminator: nn.Module
+    latents: int = 64
+    num_classes: int = 10
+    loss: Loss = NonSaturating()
+    critic_steps: int = 1
+    gradient_penalty: float = 0.0
+    r1: float = 0.0
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    statistics_batch: int = 500
+
+    def __post_init__(self):
+        for name, least in (
+            ("latents", 1), ("num_classes", 0), ("critic_steps", 1), ("gradient_penalty", 0),
+            ("r1", 0), ("statistics_batch", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("generator", "discriminator"):
+            known = getattr(getattr(self, name), "num_classes", self.num_classes)
+            if known != self.num_classes:
+                raise InputError(
+                    f"num_classes is {self.num_classes}, but that of the {name} is {known}; they "
+                    "must be equal"
+                )
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """The discriminator, `critic_steps` times, then the generator."""
+        critic = Objective("discriminator", self.discriminator_loss)
+        return (critic,) * self.critic_steps + (Objective("generator", self.generator_loss),)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
+        """Returns {"generator", "discriminator"} and their statistics, by the same names."""
+        one, two = jax.random.split(rng)
+        image, label = self._clean(batch)
+        z = jnp.zeros((len(image), self.latents))
+        variables = {
+            "generator": self.generator.init(one, z, label),
+            "discriminator": self.discriminator.init(two, image, label),
+        }
+        params = {name: of["params"] for name, of in variables.items()}
+        state = {
+            name: {key: value for key, value in of.items() if key != "params"}
+            for name, of in variables.items()
+        }
+        return params, state
+
+    def discriminator_loss(
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """real + fake + penalties; the real part is a mean over the valid examples."""
+        image, label = self._clean(batch)
+        fake_rng, change_rng, penalty_rng = jax.random.split(rng, 3)
+        fake, fake_label, _ = self._fake(params, state.model_state, len(image), fake_rng)
+        variables = {
+            "params": params["discriminator"], **state.model_state["discriminator"],
+        }  # fmt: skip
+        both = self._seen(jnp.concatenate([image, fake]), change_rng)
+        logit, changed = self.discriminator.apply(
+            variables, both, jnp.concatenate([label, fake_label]), train=True, mutable=True
+        )
+        real_logit, fake_logit = jnp.split(logit, 2)
+        real_image, fake_image = jnp.split(both, 2)
+        values = self.loss.real(real_logit)
+        critic = lambda x: self.discriminator.apply(variables, x, label)  # noqa: E731
+        if self.gradient_penalty:
+            penalty = gradient_penalty(critic, real_image, fake_image, penalty_rng)
+            values += self.gradient_penalty * penalty
+        if self.r1:
+            values += self.r1 / 2 * r1_penalty(critic, real_image)
+        real = mean(values, batch["valid"])
+        fakes = mean(self.loss.fake(fake_logit))
+        any_valid = real.count > 0  # without real images there is nothing to learn
+        loss = real.total / jnp.maximum(real.count, 1) + any_valid * fakes.total / fakes.count
+        changed = {key: value for key, value in changed.items() if key != "params"}
+        metrics = {"discriminator/real": real, "discriminator/fake": fakes}
+        return loss, ({**state.model_state, "discriminator": changed}, metrics)
+
+    def generator_loss(
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """What the discriminator makes of new images; the batch gives only their number."""
+        fake_rng, change_rng = jax.random.split(rng)
+        count = len(batch["valid"])
+        fake, label, changed = self._fake(params, state.model_state, count, fake_rng)
+        logit = self._logit(params, state.model_state, self._seen(fake, change_rng), label)
+        losses = mean(self.loss.generator(logit))
+        metrics = {"generator/loss": losses}
+        return losses.total / count, ({**state.model_state, "generator": changed}, metrics)
+
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
+        """Returns the mean logits of held-out and of generated images: far apart is overfitting."""
+        image, label = self._clean(batch)
+        fake = self.sample(params, label, rng)
+        return {
+            "logit_real": mean(self._logit(params, model_state, image, label), batch["valid"]),
+            "logit_fake": mean(self._logit(params, model_state, fake, label), batch["valid"]),
+        }
+
+    def predict(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns one sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b]."""
+        _, label = self._clean(batch)
+        return {"sample": self.sample(params, label, rng), "label": label}
+
+    def visualize(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns 10 rows of samples, a column for each class, of the same latents every time."""
+        columns = self.num_classes or 10
+        label = jnp.tile(jnp.arange(columns), 10)
+        return {"samples": draw.grid(self.sample(params, label, jax.random.key(0)), columns)}
+
+    def sample(
+        self, params: Params, labels: jax.Array, rng: jax.Array, first: int = 0
+    ) -> jax.Array:
+        """Returns an image of each class in `labels`, float32 [b, h, w, c] in [0, 1]; jit it.
+
+        The image at row i comes from `fold_in(rng, first + i)`, whatever the batch. The BatchNorm
+        statistics are taken anew, of `statistics_batch` images of all classes: those of training
+        do not fit averaged parameters.
+        """
+        count = self.statistics_batch
+        z = jax.random.normal(jax.random.key(0), (count, self.latents))
+        every = jnp.arange(count) % max(self.num_classes, 1)
+        weights = {"params": params["generator"]}
+        _, statistics = self.generator.apply(weights, z, every, train=True, mutable="batch_stats")
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(len(labels)))
+        z = jax.vmap(lambda key: jax.random.normal(key, (self.latents,)))(keys)
+        labels = labels if self.num_classes else jnp.zeros_like(labels)
+        return self.generator.apply({**weights, **statistics}, z, labels)
+
+    def _fake(
+        self, params: Params, model_state: PyTree, count: int, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, PyTree]:
+        """New images, their labels, and the state of the generator after them."""
+        one, two = jax.random.split(rng)
+        z = jax.random.normal(one, (count, self.latents))
+        label = jax.random.randint(two, (count,), 0, max(self.num_classes, 1))
+        variables = {"params": params["generator"], **model_state["generator"]}
+        image, changed = self.generator.apply(variables, z, label, train=True, mutable=True)
+        return image, label, {key: value for key, value in changed.items() if key != "params"}
+
+    def _logit(
+        self, params: Params, model_state: PyTree, image: jax.Array, label: jax.Array
+    ) -> jax.Array:
+        variables = {"params": params["discriminator"], **model_state["discriminator"]}
+        return self.discriminator.apply(variables, image, label)
+
+    def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
+        return image if self.augment is None else self.augment(image, rng)
+
+    def _clean(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Images and labels; zeros where not valid."""
+        valid = batch["valid"]
+        image = jnp.where(valid[:, None, None, None], batch["image"], 0.0)
+        label = jnp.where(valid, batch["label"] if self.num_classes else 0, 0)
+        return image, label.astype(jnp.int32)

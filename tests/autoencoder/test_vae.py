@@ -1,0 +1,226 @@
+"""Likelihoods against closed forms, the bounds against an exact model, padding."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from cvjax.autoencoder.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
+from cvjax.autoencoder.model import Decoder, Encoder, depth_to_space
+from cvjax.autoencoder.task import VAE, importance_weighted_bound, kl_divergence
+from cvjax.errors import InputError
+from cvjax.train.state import TrainState
+from cvjax.train.task import Task
+
+SHAPE = (4, 4, 1)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_bernoulli_is_that_of_scipy():
+    logits, image = 3 * draw(0, 2, *SHAPE), (draw(1, 2, *SHAPE) > 0).astype(np.float32)
+    expected = scipy.stats.bernoulli.logpmf(image, 1 / (1 + np.exp(-logits))).sum((1, 2, 3))
+    np.testing.assert_allclose(Bernoulli().log_prob(logits, image), expected, rtol=1e-5)
+    # Of grey images: the expectation over binary ones, linear in the image.
+    grey = Bernoulli().log_prob(logits, jnp.full_like(logits, 0.5))
+    both = [Bernoulli().log_prob(logits, jnp.full_like(logits, x)) for x in (0.0, 1.0)]
+    np.testing.assert_allclose(grey, (both[0] + both[1]) / 2, rtol=1e-5)
+    huge = Bernoulli().log_prob(jnp.full((1, *SHAPE), 1e4), jnp.ones((1, *SHAPE)))
+    assert huge == 0.0
+
+
+def test_gaussian_is_that_of_scipy():
+    mean, image = draw(0, 2, *SHAPE), draw(1, 2, *SHAPE)
+    expected = scipy.stats.norm.logpdf(image, mean, 0.3).sum((1, 2, 3))
+    np.testing.assert_allclose(Gaussian(0.3).log_prob(mean, image), expected, rtol=1e-5)
+
+
+def test_discretized_logistic_is_that_of_scipy():
+    levels = 8
+    location, log_scale = 0.5 + 0.3 * draw(0, 2, *SHAPE), 0.3 * draw(1, 2, *SHAPE) - 2
+    level = np.random.default_rng(2).integers(0, levels, (2, *SHAPE))
+    level[0, 0, :2, 0] = 0, levels - 1
+    edges = np.concatenate([[-np.inf], (np.arange(levels - 1) + 0.5) / (levels - 1), [np.inf]])
+    cdf = lambda x: scipy.stats.logistic.cdf(x, location.astype(float), np.exp(log_scale))  # noqa: E731
+    expected = np.log(cdf(edges[level + 1]) - cdf(edges[level])).sum((1, 2, 3))
+    outputs = np.concatenate([location, log_scale], -1)
+    found = DiscretizedLogistic(levels).log_prob(outputs, level / (levels - 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("location, log_scale", [(0.3, -1.0), (0.0, -6.0), (40.0, -7.0)])
+def test_the_discretized_logistic_sums_to_one_and_has_gradients_far_away(location, log_scale):
+    levels = 256
+    outputs = jnp.broadcast_to(jnp.array([location, log_scale]), (levels, 1, 1, 2))
+    image = (jnp.arange(levels) / (levels - 1)).reshape(-1, 1, 1, 1)
+    log_prob = lambda outputs: DiscretizedLogistic(levels).log_prob(outputs, image)  # noqa: E731
+    np.testing.assert_allclose(jnp.exp(log_prob(outputs)).sum(), 1.0, rtol=1e-4)
+    assert np.isfinite(jax.grad(lambda x: log_prob(x).sum())(outputs)).all()
+
+
+def test_the_divergence_is_the_integral():
+    x = np.linspace(-12, 12, 200_001)
+    q = scipy.stats.norm(0.7, np.exp(-0.4))
+    expected = np.trapezoid(q.pdf(x) * (q.logpdf(x) - scipy.stats.norm.logpdf(x)), x)
+    np.testing.assert_allclose(
+        kl_divergence(jnp.float32(0.7), jnp.float32(-0.4)), expected, rtol=1e-5
+    )
+    assert kl_divergence(jnp.float32(0), jnp.float32(0)) == 0
+
+
+def test_depth_to_space_by_loops():
+    x = draw(0, 1, 2, 3, 8)
+    y = depth_to_space(jnp.asarray(x))
+    for i in range(4):
+        for j in range(6):
+            square = x[0, i // 2, j // 2].reshape(2, 2, 2)
+            np.testing.assert_array_equal(y[0, i, j], square[i % 2, j % 2])
+
+
+class Linear(nn.Module):
+    """x = z + noise, one pixel: log p(x) is known."""
+
+    @nn.compact
+    def __call__(self, z):
+        return (z * self.param("weight", nn.initializers.ones, ()))[:, :, None, None]
+
+
+class Wide(nn.Module):
+    """A q(z | x) that is not the posterior."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(len(x), 1)
+        return jnp.concatenate([0.3 * x, jnp.zeros_like(x)], -1) + self.param(
+            "bias", nn.initializers.zeros, ()
+        )
+
+
+def test_the_bound_rises_with_k_to_the_exact_likelihood():
+    task = VAE(Wide(), Linear(), latents=1, likelihood=Gaussian(0.5))
+    image = jnp.full((2000, 1, 1, 1), 1.3)
+    params, _ = task.init(jax.random.key(0), {"image": image})
+    exact = scipy.stats.norm.logpdf(1.3, 0, np.sqrt(1 + 0.25))
+    log_weights, log_likelihood = task.log_weights(params, image, jax.random.key(1), 512)
+    bounds = [float(importance_weighted_bound(log_weights[:k]).mean()) for k in (1, 8, 64, 512)]
+    assert bounds[0] < bounds[1] < bounds[2] < bounds[3] < exact + 0.005
+    assert bounds[3] == pytest.approx(exact, abs=0.01)  # the bias falls as 1 / K
+    # One draw is the ELBO, whose divergence is known in closed form.
+    divergence = float(kl_divergence(jnp.float32(0.39), jnp.float32(0)))
+    assert float(log_weights.mean()) == pytest.approx(
+        float(log_likelihood.mean()) - divergence, abs=0.01
+    )
+
+
+def small(**fields):
+    return VAE(Encoder(4, (4,), 8), Decoder(SHAPE, (4,), 8), latents=2, **fields)
+
+
+def batch_of(size=6):
+    return {
+        "image": jax.random.uniform(jax.random.key(3), (size, *SHAPE)),
+        "valid": jnp.ones(size, bool),
+    }
+
+
+def start(task, batch, step=0):
+    params, model_state = task.init(jax.random.key(0), batch)
+    return params, TrainState(jnp.int32(step), jax.random.key(0), params, {}, model_state, {})
+
+
+def test_padding_changes_nothing():
+    task, batch = small(), batch_of()
+    assert isinstance(task, Task)
+    params, state = start(task, batch)
+    padded = {
+        "image": batch["image"].at[4:].set(jnp.nan),
+        "valid": batch["valid"].at[4:].set(False),
+    }
+    other = padded | {"image": batch["image"].at[4:].set(0.9)}
+
+    @jax.jit
+    def results(batch):
+        take = jax.value_and_grad(lambda p: task.loss(p, state, batch, jax.random.key(1))[0])
+        found = task.evaluate(params, {}, batch, jax.random.key(2))
+        return take(params), {name: metric.compute() for name, metric in found.items()}
+
+    one, two = results(padded), results(other)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one))
+    assert not np.allclose(one[0][0], results(batch)[0][0])
+    nothing = results(padded | {"valid": jnp.zeros(6, bool)})
+    assert nothing[0][0] == 0
+
+
+def test_beta_warm_up_and_free_bits():
+    batch = batch_of()
+    params, state = start(small(), batch)
+
+    def loss(step, **fields):
+        at = state.replace(step=jnp.int32(step))
+        value, (_, metrics) = small(**fields).loss(params, at, batch, jax.random.key(1))
+        return float(value), {name: float(m.compute()) for name, m in metrics.items()}
+
+    plain, found = loss(0)
+    assert plain == pytest.approx(-found["elbo"], rel=1e-5)
+    expected = lambda weight: -found["elbo"] + (weight - 1) * found["kl"]  # noqa: E731
+    assert loss(0, beta=3.0)[0] == pytest.approx(expected(3), rel=1e-5)
+    for step, weight in ((0, 0.0), (5, 1.0), (10, 2.0), (99, 2.0)):
+        assert loss(step, beta=2.0, warmup_steps=10)[0] == pytest.approx(expected(weight), rel=1e-5)
+    free = loss(0, free_bits=5.0)[0]  # above the divergence of both latents
+    assert free == pytest.approx(expected(0) + 2 * 5.0, rel=1e-5)
+
+
+def test_the_divergence_falls_as_beta_rises():
+    batch = batch_of()
+    ends = []
+    for beta in (0.1, 1.0, 10.0):
+        task = small(beta=beta, likelihood=Gaussian(0.2))
+        params, state = start(task, batch)
+
+        @jax.jit
+        def train(params, task=task, state=state):
+            def step(params, rng):
+                gradient, (_, metrics) = jax.grad(task.loss, has_aux=True)(
+                    params, state, batch, rng
+                )
+                params = jax.tree.map(lambda p, g: p - 3e-3 * jnp.clip(g, -1, 1), params, gradient)
+                return params, metrics["kl"].compute()
+
+            return jax.lax.scan(step, params, jax.random.split(jax.random.key(1), 600))[1]
+
+        ends.append(float(train(params)[-50:].mean()))
+    assert ends[0] > 1.2 * ends[1] > 1.2 * 1.2 * ends[2]
+
+
+def test_samples_do_not_depend_on_their_number_and_pictures_are_images():
+    task, batch = small(), batch_of()
+    params, _ = start(task, batch)
+    few, many = (task.sample(params, n, jax.random.key(1)) for n in (3, 7))
+    np.testing.assert_allclose(few, many[:3], atol=1e-6)  # matrix products of other sizes
+    pictures = task.visualize(params, {}, batch, jax.random.key(0))
+    assert set(pictures) == {"reconstructions", "samples", "traversals"}
+    for picture in pictures.values():
+        assert picture.ndim == 3 and 0 <= picture.min() <= picture.max() <= 1
+
+
+def test_what_cannot_be_is_said():
+    for field in ("latents", "beta", "importance_samples", "free_bits", "warmup_steps"):
+        with pytest.raises(InputError, match=f"{field} is -1; it must be"):
+            dataclasses.replace(small(), **{field: -1})
+    wrong = VAE(Encoder(5, (4,), 8), Decoder(SHAPE, (4,), 8), latents=2)
+    params, _ = wrong.init(jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match="latents is 2, but the encoder has 5 outputs"):
+        wrong.encode(params, jnp.zeros((1, *SHAPE)))
+    with pytest.raises(InputError, match="need multiples of 4"):
+        Decoder((6, 6, 1)).init(jax.random.key(0), jnp.zeros((1, 2)))
+    with pytest.raises(InputError, match="std is 0"):
+        Gaussian(0)
+    with pytest.raises(InputError, match="levels is 1"):
+        DiscretizedLogistic(1)

@@ -1,0 +1,110 @@
+"""The distances against closed forms, scipy and loops."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from cvjax.errors import InputError
+from cvjax.evaluation import (
+    classifier_score,
+    frechet_distance,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
+
+
+def sets(n=60, m=45, d=4, seed=0):
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(d, d))
+    return rng.normal(size=(n, d)) @ mix, rng.normal(size=(m, d)) * np.arange(1, d + 1) + 0.5
+
+
+def test_frechet_distance_is_that_of_sqrtm():
+    real, fake = sets()
+    one, two = np.cov(real.T), np.cov(fake.T)
+    root = scipy.linalg.sqrtm(one @ two).real
+    expected = np.sum((real.mean(0) - fake.mean(0)) ** 2) + np.trace(one + two - 2 * root)
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(fake, real) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_in_closed_form():
+    x = np.random.default_rng(1).normal(size=(50, 3))
+    # The same shape, moved: the distance between the means; scaled by 3: (3 - 1)^2 tr(cov).
+    assert frechet_distance(x, x + [1, 2, 2]) == pytest.approx(9.0)
+    x -= x.mean(0)
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * np.trace(np.cov(x.T)))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)  # roots of rounding errors
+    few = np.random.default_rng(2).normal(size=(5, 64))  # singular
+    assert frechet_distance(few, few + 1) == pytest.approx(64, rel=1e-5)
+    assert frechet_distance([[0.0], [2.0]], [[1.0], [1.0]]) == pytest.approx(2.0)
+
+
+def test_kernel_distance_by_loops():
+    real, fake = sets(7, 5)
+    kernel = lambda x, y: (np.dot(x, y) / 4 + 1) ** 3  # noqa: E731
+    within = lambda x: np.mean(  # noqa: E731
+        [kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+    )
+    expected = within(real) + within(fake) - 2 * np.mean([kernel(a, b) for a in real for b in fake])
+    assert kernel_distance(real, fake) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_unbiased():
+    rng = np.random.default_rng(3)
+    values = [kernel_distance(rng.normal(size=(10, 2)), rng.normal(size=(10, 2))) for _ in range(2000)]  # fmt: skip  # noqa: E501
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
+    assert min(values) < 0
+
+
+def test_precision_recall_density_coverage_by_loops():
+    real, fake = sets(20, 15, 2)
+    k = 3
+    radius = lambda x: [sorted(np.linalg.norm(x - row, axis=1))[k] for row in x]  # noqa: E731
+    inside = np.array(
+        [[np.linalg.norm(r - f) <= radius_r for f in fake] for r, radius_r in zip(real, radius(real), strict=True)]  # noqa: E501
+    )  # fmt: skip
+    recalled = [
+        any(np.linalg.norm(r - f) <= size for f, size in zip(fake, radius(fake), strict=True))
+        for r in real
+    ]
+    assert precision_recall_density_coverage(real, fake, k) == pytest.approx(
+        {
+            "precision": np.mean([any(column) for column in inside.T]),
+            "recall": np.mean(recalled),
+            "density": inside.sum() / (k * len(fake)),
+            "coverage": np.mean([any(row) for row in inside]),
+        }
+    )
+
+
+def test_far_away_and_collapsed():
+    real, _ = sets()
+    assert set(precision_recall_density_coverage(real, real + 1e3).values()) == {0.0}
+    found = precision_recall_density_coverage(real, np.repeat(real[:1], 20, 0) + 1e-9)
+    assert found["precision"] == 1 and found["recall"] == 0 and found["coverage"] < 0.5
+
+
+def test_classifier_score():
+    assert classifier_score(np.eye(10)) == pytest.approx(10)
+    assert classifier_score(np.full((5, 10), 0.1)) == pytest.approx(1)
+    assert classifier_score(np.eye(10)[[3, 3, 3]]) == pytest.approx(1)  # one class only
+    p = np.array([[0.5, 0.5], [0.9, 0.1]])
+    expected = np.exp(np.mean(np.sum(p * np.log(p / [0.7, 0.3]), 1)))
+    assert classifier_score(p) == pytest.approx(expected)
+
+
+def test_what_cannot_be_is_said():
+    real, fake = sets()
+    with pytest.raises(InputError, match=r"fake features are \[1, 4\]"):
+        frechet_distance(real, fake[:1])
+    with pytest.raises(InputError, match="they must come from one extractor"):
+        kernel_distance(real, fake[:, :3])
+    with pytest.raises(InputError, match="not finite"):
+        frechet_distance(real * np.nan, fake)
+    with pytest.raises(InputError, match=r"n >= 6, d"):
+        precision_recall_density_coverage(real, fake[:5])
+    with pytest.raises(InputError, match="neighbours is 0"):
+        precision_recall_density_coverage(real, fake, 0)
+    with pytest.raises(InputError, match="rows summing to 1"):
+        classifier_score([[0.2, 0.2]])
