@@ -124,6 +124,40 @@ class FlowMatching:
         return _inside(t)
 
 
+@dataclass(frozen=True)
+class VarianceExploding:
+    """alpha = 1 at all times; sigma grows geometrically from `sigma_min` to `sigma_max`.
+
+    Y. Song et al., https://arxiv.org/abs/2011.13456, equation 30. x_t has a standard deviation
+    up to `sigma_max`: a network must scale its input itself.
+
+    Attributes:
+      sigma_min, sigma_max: the noise at t = 0 and t = 1, to within MARGIN of the time.
+      prediction, times: as in `Process`.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    prediction: str = "eps"
+    times: TimeQuantile = uniform
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise InputError(
+                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}; they must be above "
+                "0 and rise"
+            )
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """The factor of x_0."""
+        return jnp.ones_like(t)
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """The standard deviation of the noise."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** _inside(t)
+
+
 def log_snr(process: Process, t: jax.Array) -> jax.Array:
     """log(alpha^2 / sigma^2)."""
     return 2 * (jnp.log(process.alpha(t)) - jnp.log(process.sigma(t)))

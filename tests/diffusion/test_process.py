@@ -11,6 +11,7 @@ from cvjax.diffusion.process import (
     MARGIN,
     PARAMETERIZATIONS,
     FlowMatching,
+    VarianceExploding,
     VariancePreserving,
     combine,
     convert,
@@ -26,6 +27,7 @@ from cvjax.diffusion.process import (
 from cvjax.errors import InputError
 
 PROCESSES = [VariancePreserving("cosine"), VariancePreserving("linear"), FlowMatching()]
+ROUND = [*PROCESSES, VarianceExploding()]
 TIMES = jnp.linspace(0.0, 1.0, 101)
 
 
@@ -67,7 +69,7 @@ def test_drift_and_diffusion_move_the_marginals(process):
     np.testing.assert_allclose(rate(variance), 2 * f * variance(t) + g**2, atol=5e-3)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", ROUND, ids=str)
 @pytest.mark.parametrize("source, target", list(itertools.permutations(PARAMETERIZATIONS, 2)))
 def test_round_trips(process, source, target):
     """There and back is the identity, at both ends of time too, for any value and any x."""
@@ -109,6 +111,21 @@ def test_the_velocity_of_flow_matching_is_noise_minus_data():
     x0, eps = jax.random.normal(jax.random.key(0), (2, 5, 3))
     velocity = combine(FlowMatching(), "velocity", x0, eps, jnp.linspace(0.0, 1.0, 5))
     np.testing.assert_allclose(velocity, (1 - 2 * MARGIN) * (eps - x0), rtol=1e-5)
+
+
+def test_the_exploding_process_only_adds_noise():
+    # f = 0 and g = sigma sqrt(2 log(sigma_max / sigma_min)): Song et al., equation 30.
+    process = VarianceExploding(0.02, 30.0)
+    speed = 1 - 2 * MARGIN
+    np.testing.assert_allclose(process.alpha(TIMES), 1)
+    np.testing.assert_allclose(process.sigma(TIMES[jnp.array([0, -1])]), [0.02, 30.0], rtol=0.01)
+    np.testing.assert_allclose(drift(process, TIMES), 0)
+    expected = process.sigma(TIMES) ** 2 * 2 * np.log(30.0 / 0.02) * speed
+    np.testing.assert_allclose(diffusion(process, TIMES) ** 2, expected, rtol=1e-4)
+    noise = prior(process, jax.random.key(0), (10_000,))
+    np.testing.assert_allclose(jnp.std(noise), process.sigma(1.0), rtol=0.03)
+    with pytest.raises(InputError, match="sigma_min is 2"):
+        VarianceExploding(2.0, 1.0)
 
 
 def test_quantiles_of_the_times():

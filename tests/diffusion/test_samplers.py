@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.diffusion.process import FlowMatching, VariancePreserving, combine, uniform
+from cvjax.diffusion.process import (
+    FlowMatching,
+    VarianceExploding,
+    VariancePreserving,
+    combine,
+    uniform,
+)
 from cvjax.diffusion.samplers import ddim, dpm_solver_2m, example_keys, heun
 from cvjax.errors import InputError
 
@@ -59,7 +65,11 @@ def draw(sampler, process, steps, count, seed=0):
 ancestral = functools.partial(ddim, eta=1.0)
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(
+    "process",
+    [*PROCESSES.values(), VarianceExploding(sigma_max=20.0)],
+    ids=[*PROCESSES, "exploding-eps"],
+)
 @pytest.mark.parametrize(
     "sampler, steps", [(ddim, 200), (ancestral, 200), (heun, 100), (dpm_solver_2m, 100)]
 )
