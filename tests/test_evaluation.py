@@ -31,7 +31,7 @@ def test_frechet_distance_is_that_of_sqrtm():
 def test_frechet_distance_in_closed_form():
     x = np.random.default_rng(1).normal(size=(50, 3))
     # The same shape, moved: the distance between the means; scaled by 3: (3 - 1)^2 tr(cov).
-    assert frechet_distance(x, x + [1, 2, 2]) == pytest.approx(9.0)
+    assert frechet_distance(x, x + np.array([1, 2, 2])) == pytest.approx(9.0)
     x -= x.mean(0)
     assert frechet_distance(x, 3 * x) == pytest.approx(4 * np.trace(np.cov(x.T)))
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)  # roots of rounding errors
