@@ -129,7 +129,7 @@ class CocoEvaluator:
             area = _area(found["boxes"])
         elif part == "masks":
             overlap = mask_overlap(found["masks"], truth["masks"], truth["crowd"])
-            area = found["masks"].reshape(len(found["masks"]), -1).sum(axis=-1)
+            area = found["masks"].sum(axis=(1, 2))
         else:
             points = truth["keypoints"]
             sigmas = self.sigmas

@@ -191,7 +191,7 @@ def test_points_need_their_sigmas_and_labels_their_class():
         CocoEvaluator(2, ("box",))
     # One of two points off by d, with 2 sigma = 0.2 and area 100: d^2 / (2 * 100 * 0.04).
     point = np.array([[[10.0, 10, 2], [20, 20, 2], [0, 0, 0]]])
-    moved = point + [[[0, 0, 0], [2, 0, 0], [50, 50, 0]]]
+    moved = point + np.array([[0, 0, 0], [2, 0, 0], [50, 50, 0]])
     box, area = np.array([[0.0, 0, 10, 10]]), np.array([100.0])
     found = keypoint_similarity(moved, point, box, area, (0.1, 0.1, 0.1))
     np.testing.assert_allclose(found, [[(1 + np.exp(-0.5)) / 2]], rtol=1e-12)
