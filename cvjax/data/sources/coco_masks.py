@@ -140,7 +140,7 @@ def _decode(text: str) -> list[int]:
 def is_numbers(values: object) -> bool:
     """Whether this is a list of finite numbers."""
     return isinstance(values, list) and all(
-        type(value) is int and abs(value) < 2**53 or type(value) is float and math.isfinite(value)
+        abs(value) < 2**53 if type(value) is int else type(value) is float and math.isfinite(value)
         for value in values
     )
 

@@ -48,10 +48,8 @@ def real_objects(example: Example) -> Example:
     valid = example.get("box_valid")
     if valid is None or np.all(valid):
         return example
-    return {
-        **example,
-        **{name: np.asarray(example[name])[valid] for name in names_of_objects(example)},
-    }
+    rows = {name: np.asarray(example[name])[valid] for name in names_of_objects(example)}
+    return {**example, **rows}
 
 
 def padded(example: Example, rows: int) -> Example:
@@ -59,11 +57,10 @@ def padded(example: Example, rows: int) -> Example:
 
     `box_valid`, bool [rows], says which are objects.
     """
-    example = realnames_of_objects(example)
-    names = names_of_objects(example)
-    count = min(rows, len(example[names[0]]))
-    for name in names:
-        value = np.asarray(example[name])
-        example = {**example, name: np.zeros((rows, *value.shape[1:]), value.dtype)}
-        example[name][:count] = value[:count]
+    example = dict(real_objects(example))
+    for name in names_of_objects(example):
+        value = np.asarray(example[name])[:rows]
+        example[name] = np.zeros((rows, *value.shape[1:]), value.dtype)
+        example[name][: len(value)] = value
+        count = len(value)
     return {**example, "box_valid": np.arange(rows) < count}
