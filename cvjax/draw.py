@@ -6,7 +6,7 @@ channels. Files are written beside their place and renamed: who reads one never 
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 Series = tuple[ArrayLike, ArrayLike]
 
@@ -237,6 +237,36 @@ def curves(path: str | os.PathLike, series: Mapping[str, Series], title: str = "
         if names != [panel]:
             axes.legend(fontsize="small")
     _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def table(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """A table as a picture [h, w, 3]: a line for each row, below the names of the columns.
+
+    Numbers have three decimals; a negative or undefined one, as of a class that never occurs, is a
+    dash.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float | np.floating):
+            return f"{value:.3f}" if value >= 0 else "-"
+        return str(value)
+
+    texts = [[name, *map(cell, values)] for name, values in columns.items()]
+    font = ImageFont.load_default(size=13)
+    widths = [round(max(font.getlength(text) for text in column)) + 16 for column in texts]
+    line = 18
+    size = (sum(widths) + 8, line * max(map(len, texts)) + 10)
+    picture = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(picture)
+    left = 8
+    for number, (column, width) in enumerate(zip(texts, widths, strict=True)):
+        for row, text in enumerate(column):
+            # Numbers are set to the right, so that their points are below each other.
+            place = (left + width - 16, "ra") if number else (left, "la")
+            pen.text((place[0], 4 + line * row), text, fill="black", font=font, anchor=place[1])
+        left += width
+    pen.line([(4, line + 3), (size[0] - 4, line + 3)], fill="gray")
+    return np.asarray(picture, np.float32) / 255
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:

@@ -182,3 +182,18 @@ def test_boxes_painted_inside_jit_are_those_drawn_outside():
         rows = np.flatnonzero(shown[i])[::-1]  # The first lie on top: they are drawn last.
         expected = draw.boxes(images[i], boxes[i, rows], labels[i, rows])
         np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+
+
+def test_a_table_has_a_line_for_each_row():
+    columns = {"class": ["cat", "dog"], "AP": [0.5, float("nan")]}
+    picture = draw.table(columns)
+    higher = draw.table({name: [*values, values[0]] for name, values in columns.items()})
+    wider = draw.table({**columns, "AR": [1.0, -1.0]})
+    assert picture.dtype == np.float32 and picture.min() >= 0 and picture.max() == 1
+    assert higher.shape[0] - picture.shape[0] == 18 and higher.shape[1] == picture.shape[1]
+    assert wider.shape[1] > picture.shape[1]
+    np.testing.assert_array_equal(higher[: len(picture) - 6], picture[:-6])
+    # The number is written, and what is undefined is a dash: less ink.
+    lines = [(1 - higher[22 + 18 * row : 40 + 18 * row, 40:]).sum() for row in range(3)]
+    assert lines[0] == lines[2] > 2 * lines[1] > 0
+    assert draw.table({"class": []}).shape[0] < picture.shape[0]

@@ -5,8 +5,6 @@ each image and class the detections, best first, each take the free truth that t
 truth that is ignored (a crowd, `ignore`, an area outside of the range in question) is taken only
 where no other is left, and then the detection counts neither way. A crowd may be taken many times,
 and the overlap with it is the share of the detection that it covers.
-
-Overlaps are of continuous boxes (width = x2 - x1), in double precision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cvjax import draw
+from cvjax.detection.overlap import box_area, box_overlap, keypoint_similarity, mask_overlap
 from cvjax.errors import InputError
 
 # Of the 17 points of a person in COCO, from the nose to the ankles.
@@ -37,27 +37,30 @@ class CocoEvaluator:
     box_label [b, n], box_valid bool [b, n], valid bool [b], masks and keypoints likewise, and if
     there are any: crowd bool [b, n], ignore bool [b, n], area [b, n] in pixels. Without `area` it
     is that of the mask, or where there is none that of the box. Boxes are x1, y1, x2, y2 in pixels;
-    visibility 0 is a point that was not annotated, and truth without any point is ignored.
+    visibility 0 is a point that was not annotated, and truth without any point is ignored. With
+    `scale`, float [b], how long a pixel of the annotated image is in this one (a source that
+    resizes gives it), small, medium and large are meant in pixels of the annotated image.
 
     Attributes:
       num_classes: labels are 0..num_classes - 1.
       parts: which of "boxes", "masks" and "keypoints" are evaluated.
       sigmas: of each keypoint, in units of the square root of the area; None are those of COCO's
         17. The similarity is the mean of exp(-d^2 / (2 area (2 sigma)^2)).
+      class_names: of the classes, for the table; None are their numbers.
 
     Raises:
-      InputError: no classes, another part, or (as data are added) a label that is no class, or
-        keypoints without as many sigmas.
+      InputError: no classes, another part, fewer names than classes, or (as data are added) a label
+        that is no class, a part that is not there, or keypoints without as many sigmas.
     """
 
     num_classes: int
     parts: Sequence[str] = ("boxes",)
     sigmas: Sequence[float] | None = None
+    class_names: Sequence[str] | None = None
     _images: dict = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise InputError(f"num_classes={self.num_classes} must be at least 1")
+        _check_classes(self.num_classes, self.class_names)
         for part in self.parts:
             if part not in _PARTS:
                 raise InputError(f"parts: {part!r} is none of {', '.join(_PARTS)}")
@@ -65,20 +68,23 @@ class CocoEvaluator:
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Matches the detections of a batch with its truth."""
+        for part in self.parts:
+            for name, arrays in (("the outputs", outputs), ("the batch", batch)):
+                if part not in arrays:
+                    raise InputError(
+                        f"parts has {part!r}, but {name} have none: there are {', '.join(arrays)}"
+                    )
         for row in np.flatnonzero(batch["valid"]):
-            keep, real = np.asarray(outputs["detected"])[row], np.asarray(batch["box_valid"])[row]
+            keep, real = _real(outputs["detected"], row), _real(batch["box_valid"], row)
             found = {
                 name: np.asarray(outputs[name])[row][keep]
                 for name in ("scores", "labels", "boxes", *self.parts)
             }
             names = ("box_label", "boxes", *self.parts, "masks", "crowd", "ignore", "area")
-            truth = {
-                name: np.asarray(batch[name])[row][real]
-                for name in names
-                if name in batch or name in self.parts
-            }
+            truth = {name: np.asarray(batch[name])[row][real] for name in names if name in batch}
             _check_labels(self.num_classes, labels=found["labels"], box_label=truth["box_label"])
             truth = {**truth, **_usual(truth)}
+            pixel = float(np.asarray(batch["scale"])[row]) ** 2 if "scale" in batch else 1.0
             for label in np.union1d(found["labels"], truth["box_label"]):
                 one = {k: v[found["labels"] == label] for k, v in found.items()}
                 true = {k: v[truth["box_label"] == label] for k, v in truth.items()}
@@ -86,7 +92,7 @@ class CocoEvaluator:
                 for part in self.parts:
                     most = 20 if part == "keypoints" else 100
                     top = {k: v[best_first[:most]] for k, v in one.items()}
-                    self._images[part][int(label)].append(self._matched(part, top, true))
+                    self._images[part][int(label)].append(self._matched(part, top, true, pixel))
 
     def result(self) -> dict[str, float]:
         """The numbers by name: `box_AP`, `box_AP50`, ..., `mask_AP`, ..., `keypoint_AP`, ....
@@ -121,12 +127,30 @@ class CocoEvaluator:
         precision = self._curves(part, most=20 if part == "keypoints" else 100)[0]
         return [_mean(precision[label, 0]) for label in range(self.num_classes)]
 
-    def _matched(self, part: str, found: Mapping, truth: Mapping) -> tuple:
-        """Scores [d], is_match and is_ignored [areas, thresholds, d], truths that count [areas]."""
+    def table(self) -> dict[str, list]:
+        """By columns, one row for each class: its name, and of each part AP, AP50 and AR."""
+        columns: dict[str, list] = {"class": _names(self.num_classes, self.class_names)}
+        for part in self.parts:
+            precision, recall = self._curves(part, most=20 if part == "keypoints" else 100)
+            for name, values in (
+                ("AP", precision[:, 0]), ("AP50", precision[:, 0, 0]), ("AR", recall[:, 0]),
+            ):  # fmt: skip
+                columns[f"{_NAMES[part]} {name}"] = [_mean(one) for one in values]
+        return columns
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The table, to be read."""
+        return {"coco_classes": draw.table(self.table())}
+
+    def _matched(self, part: str, found: Mapping, truth: Mapping, pixel: float) -> tuple:
+        """Scores [d], is_match and is_ignored [areas, thresholds, d], truths that count [areas].
+
+        `pixel` is the area, in this image, of a pixel of the one that was annotated.
+        """
         ignored = truth["ignore"] | truth["crowd"]
         if part == "boxes":
             overlap = box_overlap(found["boxes"], truth["boxes"], truth["crowd"])
-            area = _area(found["boxes"])
+            area = box_area(found["boxes"])
         elif part == "masks":
             overlap = mask_overlap(found["masks"], truth["masks"], truth["crowd"])
             area = found["masks"].sum(axis=(1, 2))
@@ -147,7 +171,8 @@ class CocoEvaluator:
             places = found["keypoints"][..., :2].astype(np.float64)
             area = np.prod(places.max(axis=1) - places.min(axis=1), axis=-1)
         low, high = np.array(list(_AREAS.values())).T[..., None]
-        is_outside = (truth["area"] < low) | (truth["area"] > high)
+        area, true_area = area / pixel, truth["area"] / pixel
+        is_outside = (true_area < low) | (true_area > high)
         is_match, is_ignored = _match(overlap, ignored | is_outside, truth["crowd"])
         is_ignored |= ~is_match & ((area < low) | (area > high))[:, None]
         return found["scores"], is_match, is_ignored, (~(ignored | is_outside)).sum(axis=1)
@@ -182,51 +207,6 @@ class CocoEvaluator:
         return precision, recall
 
 
-def box_overlap(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU [d, g] of boxes [d, 4] and [g, 4]; with a crowd, bool [g], the share of the first."""
-    found, truth = found.astype(np.float64), truth.astype(np.float64)
-    low = np.maximum(found[:, None, :2], truth[None, :, :2])
-    high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
-    both = np.prod(np.maximum(high - low, 0), axis=-1)
-    return _over_union(both, _area(found), _area(truth), crowd)
-
-
-def mask_overlap(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """The same of masks, bool [d, h, w] and [g, h, w]."""
-    # Sums of products of 0 and 1 are exact in float32 below 2^24 pixels, in float64 always.
-    found = found.reshape(len(found), int(np.prod(found.shape[1:]))).astype(np.float64)
-    truth = truth.reshape(len(truth), int(np.prod(truth.shape[1:]))).astype(np.float64)
-    return _over_union(found @ truth.T, found.sum(axis=1), truth.sum(axis=1), crowd)
-
-
-def keypoint_similarity(
-    found: np.ndarray,
-    truth: np.ndarray,
-    boxes: np.ndarray,
-    area: np.ndarray,
-    sigmas: Sequence[float],
-) -> np.ndarray:
-    """OKS [d, g] of keypoints [d, k, 3] and [g, k, 3]; `boxes` [g, 4] and `area` [g] of the truth.
-
-    For truth without any point, distances are those to its box, twice as wide and as high.
-    """
-    found, truth, boxes = (x.astype(np.float64) for x in (found, truth, boxes))
-    away = found[:, None, :, :2] - truth[None, :, :, :2]
-    side = boxes[:, 2:] - boxes[:, :2]
-    low, high = (boxes[:, :2] - side)[:, None], (boxes[:, :2] + 2 * side)[:, None]
-    outside = np.maximum(low - found[:, None, :, :2], 0) + np.maximum(
-        found[:, None, :, :2] - high, 0
-    )
-    known = truth[..., 2] > 0
-    is_empty = ~known.any(axis=-1)
-    away = np.where(is_empty[:, None, None], outside, away)
-    variance = (2 * np.asarray(sigmas, np.float64)) ** 2
-    scale = 2 * variance * (area.astype(np.float64)[:, None] + np.spacing(1))
-    weight = known | is_empty[:, None]
-    similarity = np.exp(-(away**2).sum(axis=-1) / scale) * weight
-    return similarity.sum(axis=-1) / weight.sum(axis=-1)
-
-
 @dataclass
 class VocEvaluator:
     """Mean average precision of PASCAL VOC at one overlap: `{"mAP": ...}`.
@@ -241,30 +221,31 @@ class VocEvaluator:
       threshold: of the IoU.
       eleven_point: the rule of 2007 instead of the area under the curve; see
         `voc_average_precision`.
+      class_names: of the classes, for the table; None are their numbers.
     """
 
     num_classes: int
     threshold: float = 0.5
     eleven_point: bool = False
+    class_names: Sequence[str] | None = None
     _found: list = field(init=False, repr=False)
     _count: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise InputError(f"num_classes={self.num_classes} must be at least 1")
+        _check_classes(self.num_classes, self.class_names)
         self._found = [[] for _ in range(self.num_classes)]
         self._count = np.zeros(self.num_classes, int)
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Matches the detections of a batch with its truth."""
         for row in np.flatnonzero(batch["valid"]):
-            keep, real = np.asarray(outputs["detected"])[row], np.asarray(batch["box_valid"])[row]
+            keep, real = _real(outputs["detected"], row), _real(batch["box_valid"], row)
             boxes, scores, labels = (
                 np.asarray(outputs[name])[row][keep] for name in ("boxes", "scores", "labels")
             )
             truth, classes = (np.asarray(batch[name])[row][real] for name in ("boxes", "box_label"))
             _check_labels(self.num_classes, labels=labels, box_label=classes)
-            ignore = np.asarray(batch["ignore"])[row][real] if "ignore" in batch else classes < 0
+            ignore = _real(batch["ignore"], row)[real] if "ignore" in batch else classes < 0
             for label in np.union1d(labels, classes):
                 there, order = classes == label, np.argsort(-scores, kind="stable")
                 order = order[labels[order] == label]
@@ -292,6 +273,11 @@ class VocEvaluator:
     def result(self) -> dict[str, float]:
         """`mAP` over the classes that have truth; nothing when none has."""
         return {"mAP": float(np.nanmean(self.per_class()))} if self._count.any() else {}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The AP of each class, to be read."""
+        names = _names(self.num_classes, self.class_names)
+        return {"voc_classes": draw.table({"class": names, "AP": self.per_class()})}
 
     def _average_precision(self, found: list, count: int) -> float:
         if not count:
@@ -343,7 +329,8 @@ def _match(
     for d, row in enumerate(overlap):
         is_free = (row >= _THRESHOLDS[:, None]) & (~taken | crowd)
         # A truth that counts is preferred; of several with equal overlap, the last.
-        value = np.where(is_free, row + 2.0 * ~ignored[:, None], -1.0)
+        counts = is_free & ~ignored[:, None]
+        value = np.where(counts | (is_free & ~counts.any(axis=-1, keepdims=True)), row, -1.0)
         best = count - 1 - value[..., ::-1].argmax(axis=-1)
         hit = is_free.any(axis=-1)
         taken |= hit[..., None] & (place == best[..., None])
@@ -359,24 +346,29 @@ def _usual(truth: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "area" not in truth:
         has_masks = "masks" in truth
         masks = truth["masks"].sum(axis=(1, 2)) if has_masks else None
-        usual["area"] = masks if has_masks else _area(truth["boxes"])
+        usual["area"] = masks if has_masks else box_area(truth["boxes"])
     return usual
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return np.prod(np.maximum(boxes[:, 2:].astype(np.float64) - boxes[:, :2], 0), axis=-1)
-
-
-def _over_union(
-    both: np.ndarray, found: np.ndarray, truth: np.ndarray, crowd: np.ndarray
-) -> np.ndarray:
-    union = np.where(crowd, found[:, None], found[:, None] + truth - both)
-    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
 def _mean(values: np.ndarray) -> float:
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
+
+
+def _real(flags: np.ndarray, row: int) -> np.ndarray:
+    """A row of flags; zeros and ones would choose rows by number."""
+    return np.asarray(flags)[row].astype(bool)
+
+
+def _names(num_classes: int, names: Sequence[str] | None) -> list[str]:
+    return [str(name) for name in (names or range(num_classes))][:num_classes]
+
+
+def _check_classes(num_classes: int, names: Sequence[str] | None) -> None:
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes} must be at least 1")
+    if names and len(names) < num_classes:
+        raise InputError(f"{len(names)} class_names are fewer than num_classes={num_classes}")
 
 
 def _check_labels(num_classes: int, **labels: np.ndarray) -> None:

@@ -1,17 +1,26 @@
-"""PASCAL VOC and sets in its format: the segmentation part."""
+"""PASCAL VOC and sets in its format: segmentation, and detection."""
 
 import dataclasses
 import pathlib
 
 from cvjax.data.archive import unpack_once
 from cvjax.data.sources import Example
+from cvjax.data.sources.instances import Faults, LeftOut, check_settings, read_image, record
 from cvjax.data.sources.masks import PairReader
+from cvjax.data.sources.voc_xml import read_objects
+from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError, nearest
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa",
     "train", "tv monitor",
+)  # fmt: skip
+# As they are written in Annotations.
+VOC_OBJECTS = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
 )  # fmt: skip
 
 
@@ -48,17 +57,7 @@ class VocSegmentation:
 
     def __post_init__(self) -> None:
         reader = PairReader(self.channels, self.image_size, self.pad_to, self.max_pixels)
-        path = pathlib.Path(self.path).expanduser()
-        root = _find_root(path if path.is_dir() else unpack_once(path))
-        lists = root / "ImageSets" / "Segmentation"
-        splits = [file.stem for file in lists.glob("*.txt")]
-        if self.split not in splits:
-            raise InputError(
-                f"split={self.split!r} does not exist in {lists}{nearest(self.split, splits)}"
-            )
-        names = (lists / f"{self.split}.txt").read_text().split()
-        if not names:
-            raise InputError(f"{lists / self.split}.txt names no images")
+        root, names = _find(self.path, "Segmentation", self.split)
         for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
             there = {file.name for file in (root / folder).glob(f"*{suffix}")}
             missing = [name + suffix for name in names if name + suffix not in there]
@@ -86,13 +85,114 @@ class VocSegmentation:
         return self._names[index]
 
 
-def _find_root(folder: pathlib.Path) -> pathlib.Path:
-    """The folder with ImageSets/Segmentation, at or up to three levels below `folder`."""
+@dataclasses.dataclass(frozen=True)
+class VocDetection:
+    """Images and boxes of PASCAL VOC, from its folder or from the archive as it is downloaded.
+
+    The names in ImageSets/Main/<split>.txt are those of JPEGImages/<name>.jpg and of
+    Annotations/<name>.xml. Records are those of `cvjax.data.sources.instances`, in the order of the
+    list: `ignore` is what is "difficult", and there are no crowds. Coordinates in the files count
+    pixels from 1 and a box contains its last ones: x1 = xmin - 1, x2 = xmax. All annotations are
+    checked when the source is made.
+
+    Attributes:
+        path: a folder, at or above (up to three levels) the one with ImageSets; or a tar archive,
+            which is unpacked beside it, once (see `cvjax.data.archive.unpack_once`).
+        split: "train", "val", "trainval", or whatever else there is a list for.
+        class_names: in the order of the labels; another name in a file is bad.
+        image_size, max_instances, channels, on_bad, max_pixels: see `cvjax.data.sources.coco.Coco`.
+
+    Raises:
+        InputError: there is no such folder, archive or split, or it is empty; several sets are
+            below the folder; an annotation is bad: the message names file, image and object. Of a
+            record: the image is damaged or of another size. OSError (of a record): it cannot be
+            read.
+    """
+
+    path: str | pathlib.Path
+    split: str = "train"
+    class_names: tuple[str, ...] = VOC_OBJECTS
+    image_size: Size | None = None
+    max_instances: int = 50
+    channels: int = 3
+    on_bad: str = "error"
+    max_pixels: int = 2**26
+
+    def __post_init__(self) -> None:
+        check_settings(self.channels, self.image_size, self.max_instances, self.max_pixels)
+        faults = Faults(self.on_bad)
+        root, names = _find(self.path, "Main", self.split)
+        left_out = LeftOut(f"{root} ({self.split})", self.max_instances)
+        images = []
+        for name in names:
+            file, image = root / "Annotations" / f"{name}.xml", f"image {name}.jpg"
+            try:
+                content = file.read_bytes()
+                if not (root / "JPEGImages" / f"{name}.jpg").is_file():
+                    raise ValueError(f"it is not in {root / 'JPEGImages'}")
+                truth = read_objects(content, self.class_names)
+            except FileNotFoundError:
+                faults.add(f"{file} does not exist: {image} has no annotation")
+                continue
+            except ValueError as error:
+                faults.add(f"{file}: {image}: {error}")
+                continue
+            for fault in truth.faults:
+                faults.add(f"{file}: {image}, {fault}")
+            left_out.add(len(truth.boxes), silent=True)
+            images.append((name, truth))
+        faults.say(str(root))
+        left_out.say()
+        if not images:
+            raise InputError(f"{root} has no image of {self.split!r} that is not bad")
+        for name, value in {
+            "skipped": tuple(faults.lines), "_root": root, "_images": tuple(images),
+        }.items():  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        name, truth = self._images[index]
+        file = self._root / "JPEGImages" / f"{name}.jpg"
+        return record(
+            read_image(file, self.channels, self.max_pixels, truth.size),
+            truth.boxes,
+            truth.labels,
+            ignore=truth.difficult,
+            rows=self.max_instances,
+            image_size=self.image_size,
+        )
+
+    def example_id(self, index: int) -> str:
+        """Returns the name of the image in the list."""
+        return self._images[index][0]
+
+
+def _find(path: str | pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path, list[str]]:
+    """The folder of a set, unpacked if need be, and the names of one of its lists."""
+    path = pathlib.Path(path).expanduser()
+    root = _find_root(path if path.is_dir() else unpack_once(path), kind)
+    lists = root / "ImageSets" / kind
+    splits = [file.stem for file in lists.glob("*.txt")]
+    if split not in splits:
+        raise InputError(f"split={split!r} does not exist in {lists}{nearest(split, splits)}")
+    lines = (lists / f"{split}.txt").read_text().splitlines()
+    # The lists of one class have a second column.
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{lists / split}.txt names no images")
+    return root, names
+
+
+def _find_root(folder: pathlib.Path, kind: str) -> pathlib.Path:
+    """The folder with ImageSets/<kind>, at or up to three levels below `folder`."""
     for level in range(4):
-        found = sorted(folder.glob("*/" * level + "ImageSets/Segmentation"))
+        found = sorted(folder.glob("*/" * level + f"ImageSets/{kind}"))
         if len(found) > 1:
             names = ", ".join(str(one.parents[1]) for one in found)
             raise InputError(f"{folder} has several sets: give the path of one ({names})")
         if found:
             return found[0].parents[1]
-    raise InputError(f"{folder} has no ImageSets/Segmentation, at or below it")
+    raise InputError(f"{folder} has no ImageSets/{kind}, at or below it")

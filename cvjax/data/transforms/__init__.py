@@ -12,22 +12,28 @@ The fields that transforms know of, all other fields they pass on:
     box_...     [n, ...], any field whose name begins so: what is known of each box (`box_labels`)
     masks       bool [n, h, w], one for each object
     keypoints   float32 [n, k, 3], x and y in pixels and visibility, k for each object
+    crowd, ignore  bool [n]: the object is many in one; it shall not count
+    area        float32 [n], of each object in pixels of this image
     mask        integer [h, w], the class of each pixel; 255 is ignored
     label       of the whole image: none here changes it
+    scale       float32: how long a pixel of the image that was annotated is in this one
+    keypoint_swap  integers [k]: the point that each becomes in a mirror, left and right
 
 Coordinates are continuous: x goes right from 0, the left edge of the image, to w, its right edge;
 y goes down; the centre of the first pixel is (0.5, 0.5). A 3x3 matrix maps the coordinates of the
 old image to those of the new one, and one such matrix moves all fields (`fields.py`). Where the
 new image shows what the old one did not have, `image` has the fill that was asked for, `mask` 255
 and `masks` False. Boxes are clipped to the new image. An object that is outside of it is gone, and
-its row with it in `boxes`, all `box_...`, `masks` and `keypoints`; a point that is outside has
-visibility 0.
+its row with it in all fields that have one for each object; a point that is outside has visibility
+0. `area` becomes that of the part of its box that is left. An example with `box_valid`, bool [n],
+is padded: it keeps its number of rows, and the objects that are left come before rows of zeros.
 
 | file | what is in it |
 |---|---|
 | `fields.py` | flip, turn, crop, resize and warp of all fields together |
 | `geometry.py` | the transforms that draw how to do so |
 | `colour.py`, `filters.py`, `erasing.py` | what changes the image alone |
+| `composing.py` | mosaic and copy-paste: one example of several |
 | `policies.py` | RandAugment, TrivialAugment, AugMix |
 | `multi_crop.py` | several views of one image |
 | `defaults.py` | the usual row of transforms for each task |

@@ -15,6 +15,13 @@ import numpy as np
 from PIL import Image
 
 from cvjax.data.sources import Example
+from cvjax.data.transforms.objects import (
+    check_objects,
+    kept,
+    names_of_objects,
+    padded,
+    real_objects,
+)
 from cvjax.data.transforms.settings import Size, check_choice, check_fill, height_and_width
 from cvjax.errors import InputError
 
@@ -47,9 +54,9 @@ def visible(example: Example) -> Example:
     """
     height, width = image_of(example).shape[:2]
     example = dict(example)
-    if not _objects(example):
+    if not names_of_objects(example):
         return example
-    _check_objects(example)
+    check_objects(example)
     if "keypoints" in example:
         x, y, visibility = np.moveaxis(example["keypoints"], -1, 0)
         inside = (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
@@ -66,13 +73,6 @@ def visible(example: Example) -> Example:
     return example
 
 
-def kept(example: Example, keep: np.ndarray) -> Example:
-    """Returns the example with those objects alone for which `keep`, bool [n], is True."""
-    if keep.all():
-        return example
-    return {**example, **{name: np.asarray(example[name])[keep] for name in _objects(example)}}
-
-
 def moved_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Returns points [..., 2], x and y, where the 3x3 matrix takes them; float64."""
     homogeneous = np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]
@@ -83,6 +83,19 @@ def moved_boxes(matrix: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Returns the boxes, float32 [n, 4], around the moved corners of boxes [n, 4]."""
     corners = moved_points(matrix, boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]])
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
+
+
+def _enlarged(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How many times larger a small area is when it was moved, at points [n, 2]; float64 [n]."""
+    depth = np.asarray(points, np.float64) @ matrix[2, :2] + matrix[2, 2]
+    return abs(np.linalg.det(matrix) / depth**3)
+
+
+def _share_inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The part of the area of each box that is inside the image; 1 for one without area."""
+    inside = np.clip(boxes, 0, [width, height, width, height])
+    whole, part = (np.prod(box[:, 2:] - box[:, :2], axis=1) for box in (boxes, inside))
+    return np.divide(part, whole, out=np.ones_like(whole), where=whole > 0)
 
 
 def _moved(
@@ -96,8 +109,9 @@ def _moved(
     `area(array, fill)` takes an array [..., h, w] of classes or of truth.
     """
     picture = image_of(example)
+    rows = len(example["box_valid"]) if "box_valid" in example else None
     # What is outside already could come in by a perspective, or as a turned box's corner.
-    result = visible(example)
+    result = visible(real_objects(example))
     result["image"] = image(picture)
     if "mask" in result:
         mask = result["mask"]
@@ -115,19 +129,29 @@ def _moved(
                 f"not {masks.dtype} {list(masks.shape)}"
             )
         result["masks"] = area(masks, 0)
+    if "scale" in result:
+        middle = np.array([[picture.shape[1], picture.shape[0]]]) / 2
+        result["scale"] = np.float32(result["scale"] * np.sqrt(_enlarged(matrix, middle)[0]))
     if "boxes" in result:
-        result["boxes"] = moved_boxes(matrix, result["boxes"])
+        boxes = result["boxes"]
+        result["boxes"] = moved_boxes(matrix, boxes)
+        if "area" in result:
+            middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+            height, width = result["image"].shape[:2]
+            share = _share_inside(result["boxes"], height, width)
+            result["area"] = np.float32(result["area"] * _enlarged(matrix, middles) * share)
     if "keypoints" in result:
         points = moved_points(matrix, result["keypoints"][..., :2]).astype(np.float32)
         result["keypoints"] = np.concatenate([points, result["keypoints"][..., 2:]], axis=-1)
-    return visible(result)
+    result = visible(result)
+    return result if rows is None else padded(result, rows)
 
 
 def flip(example: Example, *, vertical: bool = False, swap: Sequence[int] | None = None) -> Example:
     """Mirrors left and right, or with `vertical` top and bottom.
 
     `swap` names, for each of the k keypoints, the one whose place it takes in the mirror: a left
-    eye becomes a right eye.
+    eye becomes a right eye. None is that of the example's own field `keypoint_swap`, if it has one.
     """
     height, width = image_of(example).shape[:2]
     if vertical:
@@ -142,10 +166,11 @@ def flip(example: Example, *, vertical: bool = False, swap: Sequence[int] | None
         lambda image: cv2.flip(image, 0 if vertical else 1).reshape(image.shape),
         lambda array, fill: np.flip(array, axis),
     )
+    swap = example.get("keypoint_swap") if swap is None else swap
     if swap is not None and "keypoints" in result:
         points = result["keypoints"].shape[1]
         if sorted(swap) != list(range(points)):
-            raise InputError(f"swap={swap} must name each of the {points} keypoints once")
+            raise InputError(f"swap={tuple(swap)} must name each of the {points} keypoints once")
         result["keypoints"] = result["keypoints"][:, list(swap)]
     return result
 
@@ -347,24 +372,3 @@ def _resize_with_pillow(
         return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, method))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
     return np.stack([np.asarray(plane.resize(size, method)) for plane in planes], axis=-1)
-
-
-def _objects(example: Example) -> list[str]:
-    """Returns the names of the fields with a row for each object."""
-    named = ("boxes", "masks", "keypoints")
-    return [name for name in example if name in named or name.startswith("box_")]
-
-
-def _check_objects(example: Example) -> None:
-    """Raises InputError unless all fields with a row for each object agree."""
-    shapes = {"boxes": (2, 4), "keypoints": (3, 3), "masks": (3, None)}
-    for name, (axes, last) in shapes.items():
-        if name in example:
-            shape = np.shape(example[name])
-            if len(shape) != axes or last not in (None, shape[-1]):
-                wanted = {"boxes": "[n, 4]", "keypoints": "[n, k, 3]", "masks": "[n, h, w]"}[name]
-                raise InputError(f"{name} must be {wanted}, not {list(shape)}")
-    rows = {name: len(example[name]) for name in _objects(example)}
-    if len(set(rows.values())) > 1:
-        found = ", ".join(f"{name} {count}" for name, count in rows.items())
-        raise InputError(f"these fields must have one row for each object: {found}")
