@@ -110,7 +110,8 @@ def select(
     """Detections of one image: the best that no better one of the same class overlaps.
 
     Args:
-      boxes: [a, 4], of any place; they are clipped to the image.
+      boxes: [a, 4], or [a, k, 4] with one for each class, of any place; they are clipped to the
+        image.
       scores: [a, k], of each class, in [0, 1].
       candidates: so many of the a * k scores, the highest, are looked at.
       score: what is not above it is no detection.
@@ -125,7 +126,8 @@ def select(
     classes = scores.shape[-1]
     best, index = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
     labels = (index % classes).astype(jnp.int32)
-    found = clip(boxes[index // classes], *size)
+    found = boxes[index // classes] if boxes.ndim == 2 else boxes.reshape(-1, 4)[index]
+    found = clip(found, *size)
     good = (best > score) & jnp.all(found[:, 2:] > found[:, :2], axis=-1)
     kept = nms(found, best, labels, good, iou_threshold=iou, max_outputs=outputs)
     rows = kept.index
