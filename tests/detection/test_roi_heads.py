@@ -44,7 +44,7 @@ def test_the_losses_of_the_box_head():
                       5 * np.log((u2 - u1) / w), 5 * np.log((v2 - v1) / h)]  # fmt: skip
             away = np.abs(target - deltas[row, label])
             steps += np.where(away < 1 / 9, away**2 * 9 / 2, away - 1 / 18).sum()
-    found = head.losses(outputs, samples, truth)
+    found = jax.jit(head.losses)(outputs, samples, truth)
     np.testing.assert_allclose(found["classification"], [entropy, 3], rtol=1e-5)
     np.testing.assert_allclose(found["box"], [steps, 3], rtol=1e-5)
 
@@ -62,7 +62,9 @@ def test_detections_are_those_of_the_slow_loop():
     outputs["logits"][13] = 0, 0, 90, 0  # Best of all, were it not padding.
     outputs["deltas"][5, 1:, :2] = 90  # beside the image
     head = BoxHead(num_classes=3, score=0.2, iou=0.3, outputs=20)
-    found = jax.tree.map(np.asarray, head.detections(outputs, proposals, valid, SIZE))
+    found = jax.tree.map(
+        np.asarray, jax.jit(lambda *x: head.detections(*x, SIZE))(outputs, proposals, valid)
+    )
     expected = []
     for label in range(3):
         alive = []
@@ -219,14 +221,14 @@ def test_the_loss_and_detections_of_the_mask_head():
         logit = np.float64(outputs[row, ..., truth["box_label"][index] + 1])
         p = 1 / (1 + np.exp(-logit))
         expected -= np.log(np.where(target, p, 1 - p)).mean()
-    found = head.losses(outputs, samples, truth)
+    found = jax.jit(head.losses)(outputs, samples, truth)
     np.testing.assert_allclose(found["mask"], [expected, 2], rtol=1e-5)
     seen = {
         "boxes": BOXES[:3],
         "labels": np.array([1, 0, 0]),
         "detected": np.array([1, 1, 0], bool),
     }
-    masks = head.detections(outputs, seen, SIZE)["masks"]
+    masks = jax.jit(lambda *x: head.detections(*x, SIZE))(outputs, seen)["masks"]
     p = 1 / (1 + np.exp(-np.float64(outputs)))
     for row, label in enumerate((1, 0)):
         value = pasted(p[row, ..., label + 1], BOXES[row], *SIZE)
@@ -267,7 +269,7 @@ def test_the_loss_of_the_keypoint_head():
         logit = np.float64(outputs[row, ..., point])
         column, line = int((x - boxes[row, 0]) / 2), int((y - boxes[row, 1]) / 2)
         expected -= np.log(np.exp(logit[line, column]) / np.exp(logit).sum())
-    found = KeypointHead(2).losses(outputs, samples, truth)
+    found = jax.jit(KeypointHead(2).losses)(outputs, samples, truth)
     np.testing.assert_allclose(found["keypoints"], [expected, 3], rtol=1e-5)
 
 
