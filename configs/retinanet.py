@@ -18,7 +18,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.log_every = 100
     config.evaluate_every = 600
 
-    scenes = dict(type="data.sources.scenes.Scenes", fields=("image", "boxes"))
+    scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
         train=dict(**scenes, split="train", count=40_000),
         test=dict(**scenes, split="test", count=500),
