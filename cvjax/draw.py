@@ -175,6 +175,34 @@ def paint_boxes(
     return jax.lax.scan(draw_one, images, tuple(last_first))[0]
 
 
+def paint_masks(
+    images: jax.Array, masks: jax.Array, labels: jax.Array, shown: jax.Array, opacity: float = 0.5
+) -> jax.Array:
+    """Blends masks over images [b, h, w, 1 or 3], also inside `jit`.
+
+    Args:
+      images: floats.
+      masks: bool [b, n, h, w]; where several cover a pixel the first has it.
+      labels: integers [b, n], which choose the colours from `PALETTE`.
+      shown: bool [b, n]; of the others nothing is seen.
+      opacity: of the colours.
+
+    Returns:
+      [b, h, w, 3].
+    """
+    images = jnp.asarray(images)
+    images = jnp.broadcast_to(images, (*images.shape[:3], 3))
+    covered = jnp.asarray(masks) & jnp.asarray(shown)[..., None, None]
+    if covered.shape[1] == 0:
+        return images
+    label = jnp.take_along_axis(
+        jnp.asarray(labels)[..., None, None], jnp.argmax(covered, axis=1)[:, None], axis=1
+    )[:, 0]
+    colors = jnp.asarray(PALETTE)[label % len(PALETTE)]
+    strength = jnp.where(jnp.any(covered, axis=1), opacity, 0.0)[..., None]
+    return images + strength * (colors - images)
+
+
 def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
     """Writes an image [height, width, 1 or 3] in [0, 1] as an 8-bit PNG.
 

@@ -1,4 +1,4 @@
-"""What one-stage detectors share: the towers of their heads, normalizers, and the last choice."""
+"""What one-stage detectors share: the towers of their heads, and the last choice."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,9 @@ from jax.typing import DTypeLike
 
 from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
-from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 Detections = dict[str, jax.Array]
-NORMALIZERS = ("image", "batch")
 PRIOR = 0.01  # of an object at a place, before anything is learned: Lin et al. 2017, section 3.3
 
 
@@ -76,27 +74,6 @@ def level_sizes(size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int
     return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
 
 
-def check_normalizer(model: str, normalizer: str) -> None:
-    """Raises InputError for a normalizer that does not exist."""
-    if normalizer not in NORMALIZERS:
-        raise InputError(
-            f"{model}: normalizer is {normalizer!r}; it can be {', '.join(map(repr, NORMALIZERS))}"
-        )
-
-
-def normalize(sums: jax.Array, counts: jax.Array, valid: jax.Array, normalizer: str) -> jax.Array:
-    """One number from the sums of losses [b] and the numbers of positives [b] of some images.
-
-    "image" is the mean over the valid images of each one's sum / max(1, positives); "batch" is the
-    sum over all valid images / max(1, all their positives). The batch is that of all devices
-    together. Without a valid image it is 0.
-    """
-    sums, counts = jnp.where(valid, sums, 0.0), jnp.where(valid, counts, 0)
-    if normalizer == "batch":
-        return jnp.sum(sums) / jnp.maximum(1, jnp.sum(counts))
-    return jnp.sum(sums / jnp.maximum(1, counts)) / jnp.maximum(1, jnp.sum(valid))
-
-
 def select(
     boxes: jax.Array,
     scores: jax.Array,
@@ -110,7 +87,8 @@ def select(
     """Detections of one image: the best that no better one of the same class overlaps.
 
     Args:
-      boxes: [a, 4], of any place; they are clipped to the image.
+      boxes: [a, 4], or [a, k, 4] with one for each class, of any place; they are clipped to the
+        image.
       scores: [a, k], of each class, in [0, 1].
       candidates: so many of the a * k scores, the highest, are looked at.
       score: what is not above it is no detection.
@@ -125,7 +103,8 @@ def select(
     classes = scores.shape[-1]
     best, index = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
     labels = (index % classes).astype(jnp.int32)
-    found = clip(boxes[index // classes], *size)
+    found = boxes[index // classes] if boxes.ndim == 2 else boxes.reshape(-1, 4)[index]
+    found = clip(found, *size)
     good = (best > score) & jnp.all(found[:, 2:] > found[:, :2], axis=-1)
     kept = nms(found, best, labels, good, iou_threshold=iou, max_outputs=outputs)
     rows = kept.index

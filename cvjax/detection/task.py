@@ -1,4 +1,4 @@
-"""Object detection: images to boxes, labels and scores."""
+"""Object detection: images to boxes, labels and scores, and to masks and keypoints."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
 SHOWN = 12  # images in a picture
+POINT = 3  # pixels, side of the square that shows a keypoint
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,22 @@ class Detection:
 
     A batch is {"image": float32 [b, h, w, c] in [0, 1], "boxes": float32 [b, n, 4], x1 y1 x2 y2 in
     pixels, "box_label": integers [b, n] in 0..classes - 1, "box_valid": bool [b, n], "valid": bool
-    [b]}. Nothing counts in a row that is not valid, be it an image or a box; a box that has no
-    area inside of the image is none.
+    [b]} and, where a model learns them, "masks": bool [b, n, h, w] and "keypoints": float32 [b, n,
+    k, 3], x y in pixels and visibility, 0 where a point is not annotated. Nothing counts in a row
+    that is not valid, be it an image or a box; a box that has no area inside of the image is none,
+    nor is one of "crowd" or "ignore", bool [b, n], if a batch has these.
 
     Attributes:
       model: a module with `__call__(x, *, train=False) -> outputs`, arrays [b, ...], and
         two methods that are functions of these alone: `losses(outputs, truth, size) -> {name:
         scalar}` and `detections(outputs, size) -> {"boxes": [b, m, 4], "scores": [b, m], "labels":
-        [b, m], "detected": bool [b, m]}`, with `truth` as the batch, without image, and `size` =
-        (h, w). Such are `cvjax.detection.retinanet.RetinaNet` and `cvjax.detection.fcos.FCOS`. If
-        its call takes `valid` it is told which rows are real. It may draw from the stream
-        "dropout".
+        [b, m], "detected": bool [b, m]}`, and if it has them "masks" bool [b, m, h, w] and
+        "keypoints" [b, m, k, 3], with `truth` as the batch, without image, and `size` =
+        (h, w). Such are `cvjax.detection.retinanet.RetinaNet` and `cvjax.detection.rcnn.RCNN`. If
+        its call takes `valid` it is told which rows are real; if it takes `truth` it is given that
+        before `losses`, and may draw from the stream "sample". It may always draw from "dropout".
       weights: of the losses in their sum, by name; 1 where none is given.
+      fields: what else of each box, [b, n, ...], the model is to learn; it becomes part of `truth`.
       mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default
         maps [0, 1] to [-1, 1].
       shown_score: predictions with a lower score are not drawn.
@@ -42,6 +47,7 @@ class Detection:
 
     model: nn.Module
     weights: Mapping[str, float] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
     shown_score: float = 0.5
@@ -65,15 +71,15 @@ class Detection:
         """The weighted sum of the losses; 0 for a batch of nothing."""
         valid = jnp.asarray(batch["valid"])
         any_valid = jnp.any(valid)
-        takes_valid = "valid" in inspect.signature(self.model.__call__).parameters
+        # The statistics of no rows at all would be NaN.
+        told = self._told(valid=valid | ~any_valid, truth=self._truth(batch))
         outputs, model_state = self.model.apply(
             {"params": params["model"], **state.model_state},
             self._input(batch),
             train=True,
-            rngs={"dropout": rng},
+            rngs={"dropout": rng, "sample": jax.random.fold_in(rng, 1)},
             mutable=list(state.model_state),
-            # The statistics of no rows at all would be NaN.
-            **({"valid": valid | ~any_valid} if takes_valid else {}),
+            **told,
         )
         model_state = jax.tree.map(
             lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
@@ -85,7 +91,9 @@ class Detection:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
         """Returns the loss and each of its parts, the mean over batches by their valid images."""
-        return self._measure(self._outputs(params, model_state, batch), batch)[1]
+        told = self._told(truth=self._truth(batch))
+        rngs = {"sample": rng} if "truth" in told else None
+        return self._measure(self._outputs(params, model_state, batch, rngs, **told), batch)[1]
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -93,7 +101,9 @@ class Detection:
         """Returns what the model detects, the best first, in a fixed number of rows m.
 
         `boxes` float32 [b, m, 4], x1 y1 x2 y2 in pixels, `scores` float32 [b, m] in [0, 1],
-        `labels` int32 [b, m], and `detected` bool [b, m], False in the rows that are padding.
+        `labels` int32 [b, m], and `detected` bool [b, m], False in the rows that are padding. If
+        the model has them `masks` bool [b, m, h, w] and `keypoints` float32 [b, m, k, 3], x y in
+        pixels and how sure it is.
         """
         outputs = self._outputs(params, model_state, batch)
         return self.model.detections(outputs, batch["image"].shape[1:3])
@@ -101,25 +111,40 @@ class Detection:
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns the first 12 images, each with its true boxes and beside it with the predicted.
+        """Returns the first 12 images, each with what is true and beside it what is predicted.
 
-        The colour is that of the class. A row of the batch that is not valid is black. Images have
-        1 or 3 channels.
+        Boxes and masks have the colour of the class, of keypoints each has its own; one that is not
+        annotated is not drawn. A row of the batch that is not valid is black. Images have 1 or 3
+        channels.
         """
         batch = {name: jnp.asarray(value)[:SHOWN] for name, value in batch.items()}
         found = self.predict(params, model_state, batch, rng)
         truth = self._truth(batch)
         images = jnp.clip(jnp.where(_rows(batch["valid"], batch["image"]), batch["image"], 0), 0, 1)
         seen = found["detected"] & (found["scores"] >= self.shown_score) & batch["valid"][:, None]
+        # Of the truth, too, only what the model knows is drawn.
+        known = {name: truth[name] for name in found if name in truth}
         panels = [
-            draw.paint_boxes(images, truth["boxes"], truth["box_label"], truth["box_valid"]),
-            draw.paint_boxes(images, found["boxes"], found["labels"], seen),
+            _paint(images, {**known, "labels": truth["box_label"]}, truth["box_valid"]),
+            _paint(images, found, seen),
         ]
         return {"detection": draw.grid(jnp.concatenate(panels, axis=2), columns=4, padding=2)}
 
-    def _outputs(self, params: Params, model_state: PyTree, batch: Batch) -> PyTree:
+    def _told(self, **known: PyTree) -> dict[str, PyTree]:
+        """Of what is known that which the model's call takes."""
+        takes = inspect.signature(self.model.__call__).parameters
+        return {name: value for name, value in known.items() if name in takes}
+
+    def _outputs(
+        self,
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
+        rngs: dict[str, jax.Array] | None = None,
+        **told: PyTree,
+    ) -> PyTree:
         variables = {"params": params["model"], **model_state}
-        return self.model.apply(variables, self._input(batch), train=False)
+        return self.model.apply(variables, self._input(batch), train=False, rngs=rngs, **told)
 
     def _measure(self, outputs: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
         truth = self._truth(batch)
@@ -144,12 +169,43 @@ class Detection:
         inside = clip(boxes, height, width)
         has_area = jnp.all(inside[..., 2:] > inside[..., :2], axis=-1)
         real = jnp.asarray(batch["box_valid"]) & valid[:, None] & has_area
-        boxes = jnp.where(real[..., None], boxes, 0.0)
-        labels = jnp.where(real, jnp.asarray(batch["box_label"]).astype(jnp.int32), 0)
+        for name in ("crowd", "ignore"):
+            if name in batch:
+                real &= ~jnp.asarray(batch[name], bool)
+        truth = {"boxes": boxes, "box_label": jnp.asarray(batch["box_label"]).astype(jnp.int32)}
+        if "masks" in batch:
+            truth["masks"] = jnp.asarray(batch["masks"], bool)
+        if "keypoints" in batch:
+            points = jnp.asarray(batch["keypoints"], jnp.float32)
+            truth["keypoints"] = jnp.where(points[..., 2:] > 0, points, 0.0)
+        truth |= {name: jnp.asarray(batch[name]) for name in self.fields}
+        truth = {
+            name: jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+            for name, x in truth.items()
+        } | {"box_valid": real}
         if boxes.shape[1] == 0:
-            boxes = jnp.pad(boxes, ((0, 0), (0, 1), (0, 0)))
-            labels, real = jnp.pad(labels, ((0, 0), (0, 1))), jnp.pad(real, ((0, 0), (0, 1)))
-        return {"boxes": boxes, "box_label": labels, "box_valid": real, "valid": valid}
+            truth = {
+                name: jnp.pad(x, ((0, 0), (0, 1), *((0, 0),) * (x.ndim - 2)))
+                for name, x in truth.items()
+            }
+        return {**truth, "valid": valid}
+
+
+def _paint(images: jax.Array, objects: Mapping[str, jax.Array], shown: jax.Array) -> jax.Array:
+    """Draws what there is of "masks", "boxes" and "keypoints" where `shown`, bool [b, n]."""
+    labels = objects["labels"]
+    if "masks" in objects:
+        images = draw.paint_masks(images, objects["masks"], labels, shown)
+    images = draw.paint_boxes(images, objects["boxes"], labels, shown)
+    if "keypoints" in objects:
+        points = objects["keypoints"]
+        b, n, k, _ = points.shape
+        corner = points[..., :2] - POINT / 2
+        squares = jnp.concatenate([corner, corner + POINT], axis=-1).reshape(b, n * k, 4)
+        colors = jnp.broadcast_to(jnp.arange(k), (b, n, k)).reshape(b, n * k)
+        known = (shown[..., None] & (points[..., 2] > 0)).reshape(b, n * k)
+        images = draw.paint_boxes(images, squares, colors, known)
+    return images
 
 
 def _rows(valid: jax.Array, x: jax.Array) -> jax.Array:
