@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cvjax.nn import weight_names_detection as detection
 from cvjax.nn import weight_names_transformers as transformers
 
 Arrays = dict[str, np.ndarray]
@@ -22,6 +23,8 @@ LEAVES = {
     "running_mean": ("batch_stats/{}/mean",),
     "running_var": ("batch_stats/{}/var",),
 }
+# Transposed convolutions: their kernels have the channels that come in before those that go out.
+TRANSPOSED = r".*/(conv5_mask|kps_score_lowres)/kernel"
 NO_WEIGHTS = r".*\.(num_batches_tracked|relative_position_index|attn_mask)|.*mask_token"
 
 
@@ -309,6 +312,10 @@ def _regular_torchvision(names: Iterable[str]) -> dict[str, str]:
     return regular
 
 
+_BODY = tuple(
+    (rf"backbone\.body\.{theirs}", f"encoder/backbone/{ours}")
+    for theirs, ours in (*_RESNET, *_shortcuts(0))
+)
 NAMINGS = (
     Naming("torchvision's or timm's ResNet", (*_RESNET, *_shortcuts(0))),
     Naming("timm's ResNet-D", (*_RESNET, *_shortcuts(1))),
@@ -329,4 +336,7 @@ NAMINGS = (
     Naming("Microsoft's Swin transformer", transformers.SWIN_MICROSOFT),
     Naming("torchvision's Swin transformer", transformers.SWIN_TORCHVISION),
     Naming("Hugging Face's Swin transformer", transformers.SWIN_HF),
+    Naming("torchvision's RetinaNet", (*_BODY, *detection.RETINANET)),
+    Naming("torchvision's FCOS", (*_BODY, *detection.FCOS)),
+    Naming("torchvision's R-CNN", (*_BODY, *detection.RCNN)),
 )

@@ -1,0 +1,81 @@
+"""Small detectors that torchvision and Hugging Face also have, with the same weights.
+
+`record_parity.py` asks the others and writes `parity.npz`; the tests ask ours. The weights are not
+kept: they follow from the names.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cvjax.detection import published
+from cvjax.detection.keypoint_head import KeypointHead
+from cvjax.detection.mask_head import MaskHead
+from cvjax.nn.resnet import ResNet
+from tests.nn.parity import weights as by_name
+
+RECORD = Path(__file__).with_suffix(".npz")
+CLASSES, FEATURES, SIZE = 5, 64, (128, 256)  # torchvision's largest stride divides the sizes
+SCORES = {"retinanet": 0.9, "fcos": 0.6, "rcnn": 0.4}
+OUTPUTS = 20
+
+
+def ours():
+    bare = ResNet(18, stage_sizes=(1, 1, 1, 1), epsilon=0.0)
+    rcnn = published.faster_rcnn(CLASSES, backbone=bare, features=FEATURES)
+    return {
+        "retinanet": published.retinanet(CLASSES, backbone=bare, features=FEATURES).clone(
+            score=SCORES["retinanet"], outputs=OUTPUTS
+        ),
+        "fcos": published.fcos(CLASSES, backbone=bare.clone(epsilon=1e-5), features=FEATURES).clone(
+            score=SCORES["fcos"], outputs=OUTPUTS
+        ),
+        "rcnn": rcnn.clone(
+            rpn=rcnn.rpn.clone(candidates=200, proposals=50),
+            box_head=rcnn.box_head.clone(features=64, score=SCORES["rcnn"], outputs=OUTPUTS),
+            heads={"mask": MaskHead(CLASSES, 16, 2), "keypoints": KeypointHead(3, 16, 2)},
+        ),
+    }
+
+
+def images() -> np.ndarray:
+    """float32 [2, h, w, 3] in [0, 1]."""
+    return np.random.RandomState(7).uniform(size=(2, *SIZE, 3)).astype(np.float32)
+
+
+def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """As those of the backbones, but for two things that torchvision decides in another way.
+
+    Boxes are near their anchors: it keeps those without an area as detections, and for us they are
+    none. No proposal is so sure that its probability is rounded to 1: it then is equal to others.
+    """
+    arrays = by_name(shapes)
+    for name, array in arrays.items():
+        if name.split(".")[-2] in ("bbox_reg", "bbox_pred") and not name.startswith("roi_heads"):
+            array *= 0.2
+        if name.startswith("rpn.head.cls_logits"):
+            array *= 0.2
+        if name == "head.regression_head.bbox_reg.bias":
+            array += 1
+    return arrays
+
+
+def thin(array: np.ndarray) -> np.ndarray:
+    """Some 500 of the numbers, of all channels: each depends on all that comes before it."""
+    return array.reshape(-1)[:: array.size // 500 | 1]
+
+
+def read() -> dict[str, tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]]:
+    """{peer: ({name: shape} of its weights, {name: what it gave})}."""
+    found = {}
+    with np.load(RECORD) as record:
+        for key in record.files:
+            peer, name = key.split("/")
+            shapes, given = found.setdefault(peer, ({}, {}))
+            if name == "shapes":
+                text = json.loads(record[key].tobytes())
+                shapes.update({name: tuple(shape) for name, shape in text.items()})
+            else:
+                given[name] = record[key]
+    return found
