@@ -316,6 +316,17 @@ _BODY = tuple(
     (rf"backbone\.body\.{theirs}", f"encoder/backbone/{ours}")
     for theirs, ours in (*_RESNET, *_shortcuts(0))
 )
+_BACKBONE_DETR = tuple(
+    (rf"model\.backbone\.(?:conv_encoder\.)?model\.{theirs}", f"backbone/{ours}")
+    for theirs, ours in (*_RESNET, *_shortcuts(0), *_RESNET_HF)
+)
+
+
+def _regular_detr(names: Iterable[str]) -> dict[str, str]:
+    """A table of vectors is no kernel, though it is called a weight."""
+    return {"model.query_position_embeddings.weight": "query_positions"}
+
+
 NAMINGS = (
     Naming("torchvision's or timm's ResNet", (*_RESNET, *_shortcuts(0))),
     Naming("timm's ResNet-D", (*_RESNET, *_shortcuts(1))),
@@ -338,5 +349,6 @@ NAMINGS = (
     Naming("Hugging Face's Swin transformer", transformers.SWIN_HF),
     Naming("torchvision's RetinaNet", (*_BODY, *detection.RETINANET)),
     Naming("torchvision's FCOS", (*_BODY, *detection.FCOS)),
+    Naming("Hugging Face's DETR", (*_BACKBONE_DETR, *detection.DETR_HF), _regular_detr),
     Naming("torchvision's R-CNN", (*_BODY, *detection.RCNN)),
 )

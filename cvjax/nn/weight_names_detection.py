@@ -58,3 +58,27 @@ RCNN = (
     ),
     (r"roi_heads\.keypoint_predictor\.kps_score_lowres", "heads_keypoints/kps_score_lowres"),
 )
+
+# In its files and, where that differs, in the program; but for the backbone.
+_LAYER = (
+    (r"self_attn\.query_key_value", "attention/query_key_value"),
+    (r"self_attn\.o(?:ut)?_proj", "attention/output"),
+    ("self_attn_layer_norm", "attention_norm"),
+    (r"encoder_attn\.query_key_value", "memory/query_key_value"),
+    (r"encoder_attn\.o(?:ut)?_proj", "memory/output"),
+    ("encoder_attn_layer_norm", "memory_norm"),
+    (r"(?:mlp\.)?fc1", "hidden"),
+    (r"(?:mlp\.)?fc2", "output"),
+    ("final_layer_norm", "output_norm"),
+)
+DETR_HF = (
+    (r"model\.input_projection", "input"),
+    *(
+        (rf"model\.(en|de)coder\.layers\.(\d+)\.{theirs}", rf"\1coder_\2/{ours}")
+        for theirs, ours in _LAYER
+    ),
+    (r"model\.decoder\.layernorm", "decoder_norm"),
+    ("query_positions", "query_positions"),
+    ("class_labels_classifier", "logits"),
+    (r"bbox_predictor\.layers\.(\d)", "box<1>"),
+)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cvjax.detection import published
+from cvjax.detection.detr import DETR
 from cvjax.detection.keypoint_head import KeypointHead
 from cvjax.detection.mask_head import MaskHead
 from cvjax.nn.resnet import ResNet
@@ -36,12 +37,31 @@ def ours():
             box_head=rcnn.box_head.clone(features=64, score=SCORES["rcnn"], outputs=OUTPUTS),
             heads={"mask": MaskHead(CLASSES, 16, 2), "keypoints": KeypointHead(3, 16, 2)},
         ),
+        "detr": DETR(
+            ResNet(18, width=8, stage_sizes=(1, 1, 1, 1)),
+            CLASSES,
+            queries=7,
+            features=16,
+            heads=2,
+            hidden=24,
+            encoder_layers=2,
+            decoder_layers=2,
+        ),
     }
 
 
 def images() -> np.ndarray:
     """float32 [2, h, w, 3] in [0, 1]."""
     return np.random.RandomState(7).uniform(size=(2, *SIZE, 3)).astype(np.float32)
+
+
+def truth() -> dict[str, np.ndarray]:
+    """For DETR: xyxy in pixels of two images, one of them empty, and two rows of padding."""
+    boxes = [[3, 5, 90, 100], [20, 7, 250, 125], [100, 60, 130, 90], [0, 0, 0, 0], [0, 0, 0, 0]]
+    boxes = np.array([boxes, np.zeros((5, 4))], np.float32)
+    valid = boxes[..., 2] > boxes[..., 0]
+    label = np.array([[0, 3, 2, 0, 0]] * 2)
+    return {"boxes": boxes, "box_label": label, "box_valid": valid, "valid": np.ones(2, bool)}
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -1,19 +1,34 @@
-"""Asks torchvision what its detectors give; see `parity.py`.
+"""Asks torchvision and transformers what their detectors give; see `parity.py`.
 
 pip install -e '.[parity]' && python -m tests.detection.record_parity
 """
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 
-from tests.detection.parity import CLASSES, FEATURES, OUTPUTS, RECORD, SCORES, images, thin, weights
+from tests.detection.parity import (
+    CLASSES,
+    FEATURES,
+    OUTPUTS,
+    RECORD,
+    SCORES,
+    SIZE,
+    images,
+    thin,
+    truth,
+    weights,
+)
 from tests.detection.test_roi_align import slow as slow_roi_align
 from tests.nn.record_parity import operators  # noqa: F401  (before torchvision)
 
 # isort: split
 import torchvision.models as models
+import transformers as hf
 from torchvision.models import detection
 from torchvision.models.detection import fcos, keypoint_rcnn, mask_rcnn, retinanet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -136,11 +151,56 @@ def record(network):
     return shapes, arrays
 
 
+def record_detr():
+    """The same of DETR, whose names are those of its files."""
+    config = hf.DetrConfig(
+        use_timm_backbone=False, num_labels=CLASSES, num_queries=7, d_model=16, encoder_layers=2,
+        decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24,
+        backbone_config=hf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1],
+            layer_type="basic", out_features=["stage4"],
+        ),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        hf.DetrForObjectDetection(config).save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        shapes = {name: a.shape for name, a in safetensors.numpy.load_file(file).items()}
+        safetensors.numpy.save_file(weights(shapes), file, metadata={"format": "pt"})
+        network = hf.DetrForObjectDetection.from_pretrained(folder).eval()
+    said = []
+    for layer in network.model.decoder.layers:
+        layer.register_forward_hook(lambda module, arguments, output: said.append(output))
+    labels = []
+    for boxes, label, valid in zip(*(truth()[n] for n in ("boxes", "box_label", "box_valid"))):  # noqa: B905
+        boxes, label = torch.from_numpy(boxes[valid]), torch.from_numpy(label[valid])
+        relative = box_ops.box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([*SIZE[::-1]] * 2)
+        labels.append({"boxes": relative, "class_labels": label})
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.inference_mode():
+        pixels = (torch.from_numpy(images()).permute(0, 3, 1, 2) - mean) / std
+        output = network(pixels, labels=labels)
+        x = torch.stack([network.model.decoder.layernorm(x) for x in said], 1)
+        logits, boxes = network.class_labels_classifier(x), network.bbox_predictor(x).sigmoid()
+    assert torch.equal(logits[:, -1], output.logits) and torch.equal(
+        boxes[:, -1], output.pred_boxes
+    )
+    losses = {name: output.loss_dict[f"loss_{name}"] for name in ("ce", "bbox", "giou")}
+    return shapes, {
+        "logits": logits.numpy(),
+        "cxcywh": boxes.numpy(),
+        "memory": thin(output.encoder_last_hidden_state.numpy()),
+        **{f"loss_{name}": value.numpy() for name, value in losses.items()},
+    }
+
+
 def main():
     """Writes the record."""
     arrays = {}
-    for peer, network in peers().items():
-        shapes, given = record(network)
+    recorded = {peer: record(network) for peer, network in peers().items()}
+    for peer, (shapes, given) in {**recorded, "detr": record_detr()}.items():
         text = json.dumps(shapes)
         arrays[f"{peer}/shapes"] = np.frombuffer(text.encode(), np.uint8)
         arrays.update({f"{peer}/{name}": value for name, value in given.items()})

@@ -1,4 +1,4 @@
-"""The same numbers as torchvision with the same weights, up to the boxes that are detected."""
+"""The numbers of torchvision and Hugging Face with the same weights, up to what is detected."""
 
 import importlib.util
 import re
@@ -100,6 +100,32 @@ def test_every_map_and_all_that_is_detected_is_theirs(peer, tmp_path):
             near(points, theirs[f"keypoints{i}"][..., :2], "keypoints")
 
 
+def test_detr_says_in_each_layer_and_loses_what_theirs_does(tmp_path):
+    shapes, theirs = RECORDED["detr"]
+    task = Detection(OURS["detr"], mean=MEAN, std=STD)
+    batch = {"image": parity.images(), "valid": np.ones(2, bool)}
+    arrays = weights(shapes)
+    params, state, table = loaded(task, batch, arrays, tmp_path / "weights.safetensors")
+    assert {row.status for row in table.rows} == {"loaded"}, str(table)
+    size = parity.SIZE
+
+    @jax.jit
+    def ours(params, state):
+        variables, x = {"params": params["model"], **state}, task._input(batch)
+        outputs, kept = task.model.apply(variables, x, capture_intermediates=True)
+        memory = kept["intermediates"]["encoder_1"]["__call__"][0]
+        last = {name: value[:, -1:] for name, value in outputs.items()}
+        return outputs, memory, task.model.losses(last, parity.truth(), size)
+
+    outputs, memory, losses = ours(params, state)
+    near(thin(np.asarray(memory)), theirs["memory"], "memory")
+    near(np.asarray(outputs["logits"]), theirs["logits"], "logits")
+    near(np.asarray(outputs["boxes"]), theirs["cxcywh"], "boxes")
+    for name, key in (("classification", "ce"), ("box", "bbox"), ("giou", "giou")):
+        np.testing.assert_allclose(losses[name], theirs[f"loss_{key}"], rtol=1e-5)
+    assert np.abs(theirs["logits"][:, 0] - theirs["logits"][:, 1]).max() > 0.1
+
+
 def test_another_number_of_classes_has_fresh_last_layers(tmp_path):
     model = published.faster_rcnn(2, backbone=ResNet(18, stage_sizes=(1, 1, 1, 1)), features=64)
     task = Detection(model.clone(box_head=model.box_head.clone(features=64)))
@@ -123,8 +149,9 @@ def test_the_record_is_what_they_give():
             pytest.skip(f"{package} is in the extra `parity`")
     from tests.detection import record_parity
 
-    for peer, network in record_parity.peers().items():
-        shapes, given = record_parity.record(network)
+    peers = record_parity.peers()
+    peers = {peer: record_parity.record(network) for peer, network in peers.items()}
+    for peer, (shapes, given) in {**peers, "detr": record_parity.record_detr()}.items():
         recorded_shapes, recorded = RECORDED[peer]
         assert shapes == recorded_shapes, peer
         assert given.keys() == recorded.keys()
