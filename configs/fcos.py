@@ -16,9 +16,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.batch_size = 16
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 600
+    config.evaluate_every = 1200
 
-    scenes = dict(type="data.sources.scenes.Scenes", fields=("image", "boxes"))
+    scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
         train=dict(**scenes, split="train", count=40_000),
         test=dict(**scenes, split="test", count=500),
@@ -34,18 +34,18 @@ def get_config(tiny: bool = False) -> ConfigDict:
                 type="nn.fpn.Pyramid",
                 backbone=dict(
                     type="nn.features.Patches",
-                    patch=2,
+                    patch=4,
                     backbone=dict(
                         type="nn.resnet.ResNet",
                         stem="cifar",
-                        width=16,
-                        stage_sizes=(1, 1, 1, 1),
+                        width=32,
+                        stage_sizes=(1, 1, 1),
                         dtype="float32",
                         remat=False,
                     ),
                 ),
                 fpn=dict(type="nn.fpn.FPN", features=48, extra="pool", dtype="float32"),
-                stages=("stage3", "stage4"),
+                stages=("stage2", "stage3"),
             ),
             head=dict(
                 type="detection.fcos.FCOSHead",
@@ -61,7 +61,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         ),
         weights=dict(box=1.0),
     )
-    config.evaluators = dict()
+    config.evaluators = dict(coco=dict(type="detection.evaluate.CocoEvaluator", num_classes=10))
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adamw", b2=0.99),

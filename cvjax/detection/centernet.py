@@ -1,7 +1,6 @@
 """CenterNet: an object is a peak of its class's heat map, with a size beside it.
 
-X. Zhou, D. Wang, P. Kraehenbuehl: Objects as Points (https://arxiv.org/abs/1904.07850). The spread
-of a peak is that of H. Law, J. Deng: CornerNet (https://arxiv.org/abs/1808.01244), section 3.2.
+X. Zhou, D. Wang, P. Kraehenbuehl: Objects as Points (https://arxiv.org/abs/1904.07850).
 """
 
 from collections.abc import Sequence
@@ -12,15 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.detection.boxes import clip
-from cvjax.detection.dense import (
-    Detections,
-    Tower,
-    check_normalizer,
-    level_sizes,
-    normalize,
-    output_layer,
-    select,
-)
+from cvjax.detection.dense import Detections, Tower, level_sizes, output_layer, select
+from cvjax.detection.heatmaps import centre_heatmap
+from cvjax.detection.losses import check_normalizer, normalized
 
 
 class CenterNetHead(nn.Module):
@@ -62,8 +55,9 @@ class CenterNet(nn.Module):
         `cvjax.nn.fpn.Pyramid`.
       head: the levels to "heat", "size" and "offset" of the first, as `CenterNetHead`.
       overlap: a box whose corners are both moved within the spread of a peak has still this IoU
-        with the true one.
-      normalizer: of the losses, see `cvjax.detection.dense.normalize`; positives are objects.
+        with the true one (`cvjax.detection.heatmaps.gaussian_radius`).
+      normalizer: of the losses, see `cvjax.detection.losses.normalized`; what is counted are the
+        cells with a centre. Of two in one cell the first is learned.
       candidates, score, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
@@ -76,7 +70,7 @@ class CenterNet(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
-        check_normalizer("CenterNet", self.normalizer)
+        check_normalizer(self.normalizer)
         super().__post_init__()
 
     @nn.compact
@@ -97,29 +91,30 @@ class CenterNet(nn.Module):
         stride = self.encoder.strides[0]
         ((height, width),) = level_sizes(size, [stride])
 
-        def of_image(outputs, boxes, labels, valid):
-            centres, sides = centres_of(boxes, size, stride)
-            x, y = jnp.floor(centres).astype(jnp.int32).T
-            target = heat_map(
-                centres, sides, labels, valid, height, width, outputs["heat"].shape[-1],
-                self.overlap,
-            )  # fmt: skip
-            offset = jnp.abs(outputs["offset"][y, x] - (centres - jnp.floor(centres)))
-            extent = jnp.abs(outputs["size"][y, x] - sides)
-            return (
-                jnp.sum(heat_loss(outputs["heat"], target)),
-                jnp.sum(jnp.where(valid[:, None], offset, 0.0)),
-                jnp.sum(jnp.where(valid[:, None], extent, 0.0)),
-                jnp.sum(valid),
-            )
+        y, x = jnp.mgrid[:height, :width]
+        cell = jnp.stack([x, y], axis=-1).reshape(-1, 2)
 
-        *sums, objects = jax.vmap(of_image)(
+        def of_image(outputs, boxes, labels, valid):
+            boxes = clip(boxes, *size)
+            target, owned = centre_heatmap(
+                boxes, labels, valid, height=height, width=width, stride=stride,
+                num_classes=outputs["heat"].shape[-1], min_overlap=self.overlap,
+            )  # fmt: skip
+            low, high = jnp.split(boxes[owned.index] / stride, 2, axis=-1)
+            offset = jnp.abs(outputs["offset"].reshape(-1, 2) - ((low + high) / 2 - cell))
+            extent = jnp.abs(outputs["size"].reshape(-1, 2) - (high - low))
+            return heat_loss(outputs["heat"], target), offset, extent, owned.foreground
+
+        heat, offset, extent, centres = jax.vmap(of_image)(
             outputs, truth["boxes"], truth["box_label"], truth["box_valid"]
         )
+        at_centres = centres[..., None]
         return {
-            name: normalize(one, objects, truth["valid"], self.normalizer)
-            for name, one in zip(("heat", "offset", "size"), sums, strict=True)
-        }
+            name: normalized(losses, weights, centres, truth["valid"], by=self.normalizer)
+            for name, losses, weights in (
+                ("heat", heat, 1.0), ("offset", offset, at_centres), ("size", extent, at_centres)
+            )
+        }  # fmt: skip
 
     def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:
         """The objects that are found: boxes, scores, labels, detected, [b, outputs, ...].
@@ -142,64 +137,6 @@ class CenterNet(nn.Module):
             )  # fmt: skip
 
         return jax.vmap(of_image)(outputs)
-
-
-def centres_of(boxes: jax.Array, size: tuple[int, int], stride: int) -> tuple[jax.Array, jax.Array]:
-    """Centres, x and y, and sides, width and height, of boxes [n, 4] in an image: [n, 2], strides.
-
-    The centres lie inside of the map.
-    """
-    boxes = clip(boxes, *size)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / stride
-    return centres, (boxes[:, 2:] - boxes[:, :2]) / stride
-
-
-def heat_map(
-    centres: jax.Array,
-    sides: jax.Array,
-    labels: jax.Array,
-    valid: jax.Array,
-    height: int,
-    width: int,
-    classes: int,
-    overlap: float,
-) -> jax.Array:
-    """The true heat, [height, width, classes]: 1 in the cell of each centre, Gaussian around it.
-
-    Where objects of a class overlap, the hotter counts. The standard deviation is a third of
-    `radius`, and at least a sixth of a cell.
-
-    Args:
-      centres, sides: [n, 2], x and y, in cells.
-      labels: int [n]; valid: bool [n].
-      height, width, classes: of the map.
-      overlap: see `CenterNet`.
-    """
-    y, x = jnp.mgrid[:height, :width]
-    cell = jnp.floor(centres)
-    squares = (x - cell[:, :1, None]) ** 2 + (y - cell[:, 1:, None]) ** 2
-    sigma = jnp.maximum(radius(sides, overlap) / 3, 1 / 6)[:, None, None]
-    heat = jnp.where(valid[:, None, None], jnp.exp(-squares / (2 * sigma**2)), 0.0)
-    of_class = labels[:, None] == jnp.arange(classes)
-    return jnp.max(heat[..., None] * of_class[:, None, None], axis=0, initial=0.0)
-
-
-def radius(sides: jax.Array, overlap: float) -> jax.Array:
-    """How far both corners of a box, width and height [n, 2], may move: [n].
-
-    The smallest of three: both corners move outwards, both inwards, or both the same way, all by r
-    along both axes, until the IoU is `overlap`. Each is the smaller positive root of a quadratic.
-    """
-    w, h = sides.T
-    area, total = w * h, w + h
-    # Outwards: w h / ((w + 2 r)(h + 2 r)) = o.
-    outwards = (-total + jnp.sqrt(total**2 + 4 * area * (1 / overlap - 1))) / 4
-    # Inwards: (w - 2 r)(h - 2 r) / (w h) = o.
-    inwards = (total - jnp.sqrt(jnp.maximum(total**2 - 4 * area * (1 - overlap), 0.0))) / 4
-    # Together: i / (2 w h - i) = o with i = (w - r)(h - r).
-    rest = area * (1 - 2 * overlap / (1 + overlap))
-    together = (total - jnp.sqrt(jnp.maximum(total**2 - 4 * rest, 0.0))) / 2
-    return jnp.minimum(jnp.minimum(outwards, inwards), together)
 
 
 def heat_loss(logits: jax.Array, target: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What one-stage detectors share: the towers of their heads, normalizers, and the last choice."""
+"""What one-stage detectors share: the towers of their heads, and the last choice."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,9 @@ from jax.typing import DTypeLike
 
 from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
-from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 Detections = dict[str, jax.Array]
-NORMALIZERS = ("image", "batch")
 PRIOR = 0.01  # of an object at a place, before anything is learned: Lin et al. 2017, section 3.3
 
 
@@ -74,27 +72,6 @@ def flatten(maps: Sequence[jax.Array], channels: int) -> jax.Array:
 def level_sizes(size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """Height and width of each level of an image of some height and width."""
     return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
-
-
-def check_normalizer(model: str, normalizer: str) -> None:
-    """Raises InputError for a normalizer that does not exist."""
-    if normalizer not in NORMALIZERS:
-        raise InputError(
-            f"{model}: normalizer is {normalizer!r}; it can be {', '.join(map(repr, NORMALIZERS))}"
-        )
-
-
-def normalize(sums: jax.Array, counts: jax.Array, valid: jax.Array, normalizer: str) -> jax.Array:
-    """One number from the sums of losses [b] and the numbers of positives [b] of some images.
-
-    "image" is the mean over the valid images of each one's sum / max(1, positives); "batch" is the
-    sum over all valid images / max(1, all their positives). The batch is that of all devices
-    together. Without a valid image it is 0.
-    """
-    sums, counts = jnp.where(valid, sums, 0.0), jnp.where(valid, counts, 0)
-    if normalizer == "batch":
-        return jnp.sum(sums) / jnp.maximum(1, jnp.sum(counts))
-    return jnp.sum(sums / jnp.maximum(1, counts)) / jnp.maximum(1, jnp.sum(valid))
 
 
 def select(

@@ -15,13 +15,13 @@ from jax.typing import DTypeLike
 from cvjax.detection.boxes import (
     clip,
     cxcywh_to_xyxy,
-    paired_giou,
     to_absolute,
     to_relative,
     xyxy_to_cxcywh,
 )
-from cvjax.detection.dense import Detections, check_normalizer, normalize
+from cvjax.detection.dense import Detections
 from cvjax.detection.hungarian import detr_cost, hungarian
+from cvjax.detection.losses import check_normalizer, giou_loss, normalized
 from cvjax.errors import InputError
 from cvjax.nn.features import ordered_features
 
@@ -154,7 +154,7 @@ class DETR(nn.Module):
       dropout: in the transformer.
       no_object: weight of queries without an object in the loss of the classes, above 0.
       class_cost, box_cost, giou_cost: of the matching, see `cvjax.detection.hungarian.detr_cost`.
-      normalizer: of the losses, see `cvjax.detection.dense.normalize`; of the classes what is
+      normalizer: of the losses, see `cvjax.detection.losses.normalized`; of the classes what is
         divided by is the sum of the weights.
       score: detections with a lower probability are left out.
       dtype: of the computation; parameters, boxes and losses are float32.
@@ -178,7 +178,7 @@ class DETR(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        check_normalizer("DETR", self.normalizer)
+        check_normalizer(self.normalizer)
         if not 0 < self.no_object <= 1:
             raise InputError(f"DETR: no_object is {self.no_object}; it must be in (0, 1]")
         if self.decoder_layers < 1:
@@ -257,27 +257,26 @@ class DETR(nn.Module):
             weight = jnp.where(found, 1 / self.no_object, 1.0)
             # A query that has no box is its own: its distance is zero, and its gradient finite.
             boxes = jnp.where(found[:, None], boxes[index], predicted)
-            away = jnp.sum(jnp.abs(predicted - boxes), -1)
-            apart = 1 - paired_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes))
-            return (
-                jnp.sum(weight * entropy), jnp.sum(weight),
-                jnp.sum(jnp.where(found, away, 0.0)), jnp.sum(jnp.where(found, apart, 0.0)),
-                jnp.sum(found),
-            )  # fmt: skip
+            losses = {
+                "classification": entropy,
+                "box": jnp.sum(jnp.abs(predicted - boxes), -1),
+                "giou": giou_loss(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes)),
+            }
+            return losses, weight, found
 
         boxes = xyxy_to_cxcywh(to_relative(clip(truth["boxes"], *size), *size))
         of_image = jax.vmap(of_layer, in_axes=(0, 0, None, None, None))
-        entropy, weights, away, apart, counts = jax.vmap(of_image, out_axes=1)(
+        losses, weight, found = jax.vmap(of_image)(
             outputs["logits"], outputs["boxes"], boxes, truth["box_label"], truth["box_valid"]
-        )  # each [layers, b]
-        terms = {
-            "classification": (entropy, weights), "box": (away, counts), "giou": (apart, counts)
-        }  # fmt: skip
+        )  # each [b, layers, queries]
+
+        def total(losses: jax.Array, counts: jax.Array) -> jax.Array:
+            one = lambda x, c: normalized(x, c, c, truth["valid"], by=self.normalizer)  # noqa: E731
+            return jnp.sum(jax.vmap(one, in_axes=1)(losses, counts))
+
         return {
-            name: jnp.sum(
-                jax.vmap(lambda s, c: normalize(s, c, truth["valid"], self.normalizer))(*term)
-            )
-            for name, term in terms.items()
+            name: total(value, weight if name == "classification" else found)
+            for name, value in losses.items()
         }
 
     def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:

@@ -12,23 +12,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import DTypeLike
 
+from cvjax.detection import assigners
 from cvjax.detection.anchors import grid_points
-from cvjax.detection.boxes import paired_giou
-from cvjax.detection.coders import decode_distances
+from cvjax.detection.coders import decode_distances, encode_distances
 from cvjax.detection.dense import (
     Detections,
     Tower,
-    check_normalizer,
     flatten,
     level_sizes,
-    normalize,
     output_layer,
     select,
 )
-from cvjax.detection.losses import sigmoid_focal
+from cvjax.detection.losses import (
+    binary_cross_entropy,
+    centerness,
+    check_normalizer,
+    giou_loss,
+    normalized,
+    sigmoid_focal,
+)
 from cvjax.errors import InputError
 
 DISTANCES = ("exp", "relu")
@@ -85,13 +89,13 @@ class FCOS(nn.Module):
         `cvjax.nn.fpn.Pyramid`.
       head: levels to "logits", "distances" and "centerness" of all places, as `FCOSHead`.
       reach: a level with stride s is for boxes whose farthest side, seen from the place, is
-        between reach * s / 2 and reach * s pixels away; the first level is also for smaller ones
+        from reach * s / 2 to reach * s pixels away; the first level is also for smaller ones
         and the last for larger ones. The paper has 8.
       offset: of the places, in strides: 0.5 is the middle of a cell; torchvision has 0.
       distances: what the head says of them in strides, "exp": their logarithm, as in the first
         paper, or "relu": themselves, and 0 where it is negative, as in the later and torchvision.
       radius: only places this near to the box's centre, in strides along both axes, are positive.
-      normalizer: of the losses, see `cvjax.detection.dense.normalize`.
+      normalizer: of the losses, see `cvjax.detection.losses.normalized`.
       candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
@@ -108,7 +112,7 @@ class FCOS(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
-        check_normalizer("FCOS", self.normalizer)
+        check_normalizer(self.normalizer)
         if self.distances not in DISTANCES:
             raise InputError(
                 f"FCOS: distances is {self.distances!r}; it can be "
@@ -152,31 +156,35 @@ class FCOS(nn.Module):
         points, strides, ranges = self.places(size)
 
         def of_image(outputs, boxes, labels, valid):
-            matched, is_positive = assign(boxes, valid, points, strides, ranges, self.radius)
-            logits = outputs["logits"]
-            target = jax.nn.one_hot(labels[matched], logits.shape[-1]) * is_positive[:, None]
+            assigned = assigners.fcos(
+                points, boxes, valid, ranges, strides[:, 0], radius=self.radius
+            )
+            positive, logits = assigned.foreground[:, None], outputs["logits"]
+            target = jax.nn.one_hot(labels[assigned.index], logits.shape[-1]) * positive
             # A place without a box has one of its own, so that its gradient is finite.
             own = jnp.concatenate([points - strides, points + strides], axis=-1)
-            boxes = jnp.where(is_positive[:, None], boxes[matched], own)
+            boxes = jnp.where(positive, boxes[assigned.index], own)
             found = boxes_of(outputs["distances"], points, strides, self.distances)
-            found = jnp.where(is_positive[:, None], found, own)
-            center = optax.sigmoid_binary_cross_entropy(
-                outputs["centerness"][:, 0], centerness_of(boxes, points)
-            )
-            return (
-                jnp.sum(sigmoid_focal(logits, target)),
-                jnp.sum(jnp.where(is_positive, 1 - paired_giou(found, boxes), 0.0)),
-                jnp.sum(jnp.where(is_positive, center, 0.0)),
-                jnp.sum(is_positive),
-            )
+            found = jnp.where(positive, found, own)
+            center = centerness(encode_distances(boxes, points))
+            losses = {
+                "classification": sigmoid_focal(logits, target),
+                "box": giou_loss(found, boxes)[:, None],
+                "centerness": binary_cross_entropy(outputs["centerness"], center[:, None]),
+            }
+            return losses, assigned
 
-        *sums, positives = jax.vmap(of_image)(
+        losses, assigned = jax.vmap(of_image)(
             outputs, truth["boxes"], truth["box_label"], truth["box_valid"]
         )
+        positive = assigned.foreground
         return {
-            name: normalize(one, positives, truth["valid"], self.normalizer)
-            for name, one in zip(("classification", "box", "centerness"), sums, strict=True)
-        }
+            name: normalized(
+                one, (assigned.weight if name == "classification" else positive)[..., None],
+                positive, truth["valid"], by=self.normalizer,
+            )
+            for name, one in losses.items()
+        }  # fmt: skip
 
     def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:
         """The objects that are found: boxes, scores, labels, detected, [b, outputs, ...].
@@ -196,45 +204,6 @@ class FCOS(nn.Module):
         return jax.vmap(of_image)(outputs)
 
 
-def assign(
-    boxes: jax.Array,
-    valid: jax.Array,
-    points: jax.Array,
-    strides: jax.Array,
-    ranges: jax.Array,
-    radius: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Which box each place shall find: the smallest of those that it may (section 3.2).
-
-    A place may find a box in which it lies, not on its border, whose centre is less than `radius`
-    strides away along both axes, and whose farthest side is more than the least and at most the
-    largest distance of its range away.
-
-    Args:
-      boxes: [n, 4], n >= 1; valid: bool [n].
-      points: [p, 2]; strides: [p, 1]; ranges: [p, 2].
-      radius: in strides.
-
-    Returns:
-      matched: int32 [p], rows of `boxes`, of equal ones the first; is_positive: bool [p].
-    """
-    distances = jnp.concatenate(
-        [points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]], axis=-1
-    )
-    away = jnp.abs(points[:, None] - (boxes[None, :, :2] + boxes[None, :, 2:]) / 2)
-    farthest = jnp.max(distances, axis=-1)
-    may = (
-        valid
-        & (jnp.min(distances, axis=-1) > 0)
-        & (jnp.max(away, axis=-1) < radius * strides)
-        & (farthest > ranges[:, :1])
-        & (farthest <= ranges[:, 1:])
-    )
-    area = jnp.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
-    matched = jnp.argmin(jnp.where(may, area, jnp.inf), axis=1)
-    return matched.astype(jnp.int32), jnp.any(may, axis=1)
-
-
 def boxes_of(
     distances: jax.Array, points: jax.Array, strides: jax.Array, form: str = "exp"
 ) -> jax.Array:
@@ -247,10 +216,3 @@ def boxes_of(
     else:
         distances = nn.relu(distances)
     return decode_distances(distances, points, strides)
-
-
-def centerness_of(boxes: jax.Array, points: jax.Array) -> jax.Array:
-    """1 in the middle of a box [p, 4], 0 at its border, for points in it [p, 2]; equation 3."""
-    before, after = points - boxes[:, :2], boxes[:, 2:] - points
-    ratio = jnp.minimum(before, after) / jnp.maximum(before, after)
-    return jnp.sqrt(jnp.prod(ratio, axis=-1))

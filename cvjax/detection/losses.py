@@ -10,35 +10,56 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.detection.boxes import paired_ciou, paired_diou, paired_giou, paired_iou
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError
+from cvjax.train.sharding import AXIS
 
-_NORMALIZERS = ("image", "batch")
+NORMALIZERS = ("image", "batch", "global")
 
 
 def normalized(
-    losses: jax.Array, weights: jax.Array, counts: jax.Array, *, by: str = "batch"
+    losses: jax.Array,
+    weights: jax.Array,
+    counts: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    by: str = "batch",
 ) -> jax.Array:
-    """sum(weights * losses) / max(sum(counts), 1) as one number.
+    """sum(weights * losses) / max(sum(counts), 1) as one number; 0 without a valid image.
 
     Args:
         losses: [b, ...]; of any value, NaN too, where the weight is 0.
         weights: [b, ...], broadcasts against the losses; 0 where a loss does not count.
         counts: [b, ...] what to divide by, the foreground for one: bool or float32.
-        by: "batch" divides the sum of the batch by the count of the batch (under `jax.jit` that is
-            the batch of all devices); "image" divides image by image, and takes the mean of images.
+        valid: bool [b]; nothing of the other images counts. None: all are.
+        by: "image" divides image by image, and takes the mean of the valid ones. "batch" divides
+            the sum of the batch by the count of the batch. Under `jax.jit` that is the batch of
+            all devices; under `jax.pmap` it is each device's own, unless it is "global": then the
+            mean over devices of the result is the sum of all over the count of all.
 
     Raises:
         InputError: another `by`.
     """
-    if by not in _NORMALIZERS:
-        raise InputError(f"by={by!r} does not exist{nearest(by, _NORMALIZERS)}")
+    check_normalizer(by)
+    valid = jnp.ones(len(losses), bool) if valid is None else valid
+
+    def of_images(values: jax.Array) -> jax.Array:
+        return jnp.where(valid, jnp.sum(values.reshape(len(values), -1), 1), 0.0)
+
     weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), losses.shape)
-    weighted = jnp.where(weights != 0, losses.astype(jnp.float32), 0.0) * weights
-    counts = jnp.asarray(counts, jnp.float32)
-    if by == "batch":
-        return jnp.sum(weighted) / jnp.maximum(jnp.sum(counts), 1.0)
-    sums = jnp.sum(weighted.reshape(len(weighted), -1), 1)
-    return jnp.mean(sums / jnp.maximum(jnp.sum(counts.reshape(len(counts), -1), 1), 1.0))
+    sums = of_images(jnp.where(weights != 0, losses.astype(jnp.float32), 0.0) * weights)
+    counts = of_images(jnp.asarray(counts, jnp.float32))
+    if by == "image":
+        return jnp.sum(sums / jnp.maximum(counts, 1.0)) / jnp.maximum(jnp.sum(valid), 1)
+    total, count = jnp.sum(sums), jnp.sum(counts)
+    if by == "global" and _is_mapped():
+        total, count = total * jax.lax.axis_size(AXIS), jax.lax.psum(count, AXIS)
+    return total / jnp.maximum(count, 1.0)
+
+
+def check_normalizer(name: str) -> None:
+    """Raises InputError for a normalizer that `normalized` does not know."""
+    if name not in NORMALIZERS:
+        raise InputError(f"normalizer is {name!r}; it can be {', '.join(map(repr, NORMALIZERS))}")
 
 
 def sigmoid_focal(
@@ -143,6 +164,15 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)
+
+
+def _is_mapped() -> bool:
+    """Whether this runs inside of the engine's `pmap`."""
+    try:
+        jax.lax.axis_size(AXIS)
+    except NameError:  # jax's word for an axis that is not there
+        return False
+    return True
 
 
 def _power(base: jax.Array, exponent: float) -> jax.Array:

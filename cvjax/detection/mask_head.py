@@ -93,7 +93,7 @@ def crop_masks(masks: jax.Array, index: jax.Array, boxes: jax.Array, size: int) 
       boxes: [p, 4], xyxy in pixels.
       size: cells along each side.
     """
-    boxes = jnp.asarray(boxes, jnp.float32)
+    masks, boxes = jnp.asarray(masks, bool), jnp.asarray(boxes, jnp.float32)
 
     def along(start: jax.Array, end: jax.Array, length: int) -> jax.Array:
         """The share of each cell that lies in each pixel, [size, length]."""

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.detection.assigners import max_iou
-from cvjax.detection.dense import Detections, check_normalizer, normalize
+from cvjax.detection.dense import Detections
+from cvjax.detection.losses import check_normalizer, normalized
 from cvjax.detection.roi_align import fpn_levels, roi_align
 from cvjax.detection.sampling import Samples, foreground_rows, sample
 
@@ -80,7 +81,7 @@ class RCNN(nn.Module):
       samples, fraction: the box head is trained on so many boxes of an image, of which at most
         this share has an object.
       overlap: a proposal has an object from this IoU on.
-      normalizer: of all losses, see `cvjax.detection.dense.normalize`.
+      normalizer: of all losses, see `cvjax.detection.losses.normalized`.
     """
 
     encoder: nn.Module
@@ -94,7 +95,7 @@ class RCNN(nn.Module):
     normalizer: str = "batch"
 
     def __post_init__(self):
-        check_normalizer("RCNN", self.normalizer)
+        check_normalizer(self.normalizer)
         super().__post_init__()
 
     @nn.compact
@@ -156,7 +157,9 @@ class RCNN(nn.Module):
         losses = {}
         for part, said, samples in parts:
             for name, (sums, counts) in jax.vmap(part.losses)(said, samples, truth).items():
-                losses[name] = normalize(sums, counts, truth["valid"], self.normalizer)
+                losses[name] = normalized(
+                    sums, jnp.ones(()), counts, truth["valid"], by=self.normalizer
+                )
         return losses
 
     def detections(self, outputs: Outputs, size: tuple[int, int]) -> Detections:

@@ -13,19 +13,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.detection.anchors import grid_anchors
-from cvjax.detection.boxes import iou
+from cvjax.detection.assigners import max_iou
 from cvjax.detection.coders import decode_deltas, encode_deltas
 from cvjax.detection.dense import (
     Detections,
     Tower,
-    check_normalizer,
     flatten,
     level_sizes,
-    normalize,
     output_layer,
     select,
 )
-from cvjax.detection.losses import sigmoid_focal
+from cvjax.detection.losses import check_normalizer, normalized, sigmoid_focal
 
 
 class RetinaNetHead(nn.Module):
@@ -76,8 +74,9 @@ class RetinaNet(nn.Module):
       offset: of the anchors' centres, in strides: 0.5 is the middle of a cell; torchvision has 0.
       rounded: the anchors' corners are whole pixels around their centres, and so were the sides of
         the square ones before they got their ratio, as in torchvision.
-      positive, negative: an anchor is positive from this IoU on, negative below that.
-      normalizer: of the losses, see `cvjax.detection.dense.normalize`.
+      positive, negative: an anchor is positive from this IoU on (or if no other anchor overlaps
+        some box more), negative below that, and counts nowhere between.
+      normalizer: of the losses, see `cvjax.detection.losses.normalized`.
       candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
 
@@ -97,7 +96,7 @@ class RetinaNet(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
-        check_normalizer("RetinaNet", self.normalizer)
+        check_normalizer(self.normalizer)
         super().__post_init__()
 
     @nn.compact
@@ -139,29 +138,30 @@ class RetinaNet(nn.Module):
         anchors = self.anchors(size)
 
         def of_image(logits, deltas, boxes, labels, valid):
-            matched, is_positive, is_negative = match(
-                boxes, valid, anchors, self.positive, self.negative
-            )
-            target = jax.nn.one_hot(labels[matched], logits.shape[-1]) * is_positive[:, None]
-            focal = sigmoid_focal(logits, target)
-            counts = (is_positive | is_negative)[:, None]
+            assigned = max_iou(
+                anchors, boxes, valid,
+                foreground=self.positive, background=self.negative, low_quality=True,
+            )  # fmt: skip
+            positive = assigned.foreground[:, None]
+            target = jax.nn.one_hot(labels[assigned.index], logits.shape[-1]) * positive
             # An anchor that has no box is its own: its step is zero, and its gradient finite.
-            boxes = jnp.where(is_positive[:, None], boxes[matched], anchors)
+            boxes = jnp.where(positive, boxes[assigned.index], anchors)
             steps = jnp.abs(deltas - encode_deltas(boxes, anchors))
-            return (
-                jnp.sum(jnp.where(counts, focal, 0.0)),
-                jnp.sum(jnp.where(is_positive[:, None], steps, 0.0)),
-                jnp.sum(is_positive),
-            )
+            return sigmoid_focal(logits, target), steps, assigned
 
-        classification, box, positives = jax.vmap(of_image)(
+        focal, steps, assigned = jax.vmap(of_image)(
             outputs["logits"], outputs["deltas"], truth["boxes"], truth["box_label"],
             truth["box_valid"],
         )  # fmt: skip
+        positive = assigned.foreground
         return {
-            name: normalize(sums, positives, truth["valid"], self.normalizer)
-            for name, sums in {"classification": classification, "box": box}.items()
-        }
+            name: normalized(
+                losses, weights[..., None], positive, truth["valid"], by=self.normalizer
+            )
+            for name, losses, weights in (
+                ("classification", focal, assigned.weight), ("box", steps, positive)
+            )
+        }  # fmt: skip
 
     def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:
         """The objects that are found: boxes, scores, labels, detected, [b, outputs, ...]."""
@@ -174,33 +174,3 @@ class RetinaNet(nn.Module):
             )  # fmt: skip
 
         return jax.vmap(of_image)(outputs["logits"], outputs["deltas"])
-
-
-def match(
-    boxes: jax.Array,
-    valid: jax.Array,
-    anchors: jax.Array,
-    positive: float,
-    negative: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which box each anchor shall find: the one with the largest IoU.
-
-    An anchor is positive from the IoU `positive` on, and also when no other anchor overlaps some
-    box more than it does (S. Ren et al., https://arxiv.org/abs/1506.01497, section 3.1.2), negative
-    below `negative`, else it counts nowhere.
-
-    Args:
-      boxes: [n, 4], n >= 1.
-      valid: bool [n]; a row that is not valid must be finite.
-      anchors: [a, 4].
-      positive, negative: thresholds of the IoU.
-
-    Returns:
-      matched: int32 [a], rows of `boxes`; is_positive: bool [a]; is_negative: bool [a].
-    """
-    overlaps = jnp.where(valid[:, None], iou(boxes, anchors), -1.0)
-    matched, best = jnp.argmax(overlaps, axis=0), jnp.max(overlaps, axis=0)
-    best_of_box = jnp.max(overlaps, axis=1, keepdims=True)
-    is_best = jnp.any((overlaps == best_of_box) & (best_of_box > 0), axis=0)
-    is_positive = (best >= positive) | is_best
-    return matched.astype(jnp.int32), is_positive, (best < negative) & ~is_positive

@@ -47,7 +47,7 @@ def sample(
     """
     if count < 1 or not 0 <= fraction <= 1:
         raise InputError(f"count={count} must be at least 1, fraction={fraction} in 0..1")
-    count = min(count, boxes.shape[0])
+    boxes, count = jnp.asarray(boxes, jnp.float32), min(count, boxes.shape[0])
     lot = jax.random.uniform(rng, boxes.shape[:1])
     counts = assignment.weight > 0
     # The first of the foreground by lot stand above all of the background.

@@ -77,7 +77,7 @@ class Detection:
             {"params": params["model"], **state.model_state},
             self._input(batch),
             train=True,
-            rngs=_streams(rng),
+            rngs={"dropout": rng, "sample": jax.random.fold_in(rng, 1)},
             mutable=list(state.model_state),
             **told,
         )
@@ -92,7 +92,8 @@ class Detection:
     ) -> Metrics:
         """Returns the loss and each of its parts, the mean over batches by their valid images."""
         told = self._told(truth=self._truth(batch))
-        return self._measure(self._outputs(params, model_state, batch, rng, **told), batch)[1]
+        rngs = {"sample": rng} if "truth" in told else None
+        return self._measure(self._outputs(params, model_state, batch, rngs, **told), batch)[1]
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -104,7 +105,7 @@ class Detection:
         the model has them `masks` bool [b, m, h, w] and `keypoints` float32 [b, m, k, 3], x y in
         pixels and how sure it is.
         """
-        outputs = self._outputs(params, model_state, batch, rng)
+        outputs = self._outputs(params, model_state, batch)
         return self.model.detections(outputs, batch["image"].shape[1:3])
 
     def visualize(
@@ -135,12 +136,15 @@ class Detection:
         return {name: value for name, value in known.items() if name in takes}
 
     def _outputs(
-        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array, **told: PyTree
+        self,
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
+        rngs: dict[str, jax.Array] | None = None,
+        **told: PyTree,
     ) -> PyTree:
         variables = {"params": params["model"], **model_state}
-        return self.model.apply(
-            variables, self._input(batch), train=False, rngs=_streams(rng), **told
-        )
+        return self.model.apply(variables, self._input(batch), train=False, rngs=rngs, **told)
 
     def _measure(self, outputs: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
         truth = self._truth(batch)
@@ -185,10 +189,6 @@ class Detection:
                 for name, x in truth.items()
             }
         return {**truth, "valid": valid}
-
-
-def _streams(rng: jax.Array) -> dict[str, jax.Array]:
-    return {"dropout": rng, "sample": jax.random.fold_in(rng, 1)}
 
 
 def _paint(images: jax.Array, objects: Mapping[str, jax.Array], shown: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
 """What one-stage detectors share, against slow loops and closed forms."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.detection.dense import normalize, select
+from cvjax.detection.dense import select
 
 
 def boxes_of(rng, *shape, size=50.0):
@@ -65,12 +64,3 @@ def test_touching_overlap_is_kept_and_other_classes_do_not_rival():
     # The IoU of the first two is 0.5, which is not more than 0.5.
     np.testing.assert_array_equal(found["labels"], [0, 0, 1])
     assert found["detected"].all()
-
-
-def test_normalizers_by_hand():
-    sums, counts = jnp.array([6.0, 5.0, np.nan, 4.0]), jnp.array([3, 0, 7, 1])
-    valid = jnp.array([True, True, False, True])
-    np.testing.assert_allclose(normalize(sums, counts, valid, "image"), (2 + 5 + 4) / 3)
-    np.testing.assert_allclose(normalize(sums, counts, valid, "batch"), 15 / 4)
-    for normalizer in ("image", "batch"):
-        assert normalize(sums, counts, jnp.zeros(4, bool), normalizer) == 0

@@ -1,11 +1,14 @@
 """FCOS: assignment and losses by a slow loop, and the truth encoded gives the truth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.detection.fcos import FCOS, LARGEST_STEP, FCOSHead, assign, boxes_of, centerness_of
+from cvjax.detection import assigners
+from cvjax.detection.fcos import FCOS, LARGEST_STEP, FCOSHead, boxes_of
 from cvjax.errors import InputError
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
@@ -41,20 +44,25 @@ def slow_assign(boxes, reach, radius):
                     sides = px - x1, py - y1, x2 - px, y2 - py
                     near = max(abs(px - (x1 + x2) / 2), abs(py - (y1 + y2) / 2)) < radius * stride
                     area = (x2 - x1) * (y2 - y1)
-                    fits = min(sides) > 0 and near and low < max(sides) <= high
+                    fits = min(sides) > 0 and near and low <= max(sides) <= high
                     if fits and (best is None or area < best[1]):
                         best = row, area
                 yield stride, (px, py), None if best is None else best[0]
 
 
-@pytest.mark.parametrize("radius", [1.5, 0.6, 100.0])
-@pytest.mark.parametrize("reach", [2.0, 4.0])
-def test_places_and_boxes_meet_as_in_the_slow_loop(radius, reach):
+@functools.partial(jax.jit, static_argnames="radius")
+def assign(boxes, valid, points, strides, ranges, radius):
+    return assigners.fcos(points, boxes, valid, ranges, strides[:, 0], radius=radius)
+
+
+@pytest.mark.parametrize("reach, radius", [(2.0, 1.5), (4.0, 0.6), (4.0, 100.0)])
+def test_places_and_boxes_meet_as_in_the_slow_loop(reach, radius):
     model = FCOS(ENCODER, FCOSHead(CLASSES), reach=reach, radius=radius)
-    points, strides, ranges = model.places(SIZE)
+    points, strides, ranges = map(np.asarray, model.places(SIZE))
     truth, seen = truth_of(), 0
     for boxes, valid in zip(truth["boxes"], truth["box_valid"], strict=True):
-        matched, positive = assign(boxes, valid, points, strides, ranges, radius)
+        found = assign(boxes, valid, points, strides, ranges, radius)
+        matched, positive = np.asarray(found.index), np.asarray(found.foreground)
         for i, (stride, point, row) in enumerate(slow_assign(boxes[valid], reach, radius)):
             assert strides[i] == stride and tuple(points[i].tolist()) == point
             assert positive[i] == (row is not None)
@@ -117,18 +125,21 @@ def test_the_encoded_truth_is_detected():
         "box_valid": np.ones((1, 3), bool),
         "valid": np.ones(1, bool),
     }
-    matched, positive = assign(truth["boxes"][0], np.ones(3, bool), points, strides, ranges, 1.5)
+    matched, positive, _ = map(
+        np.asarray, assign(truth["boxes"][0], np.ones(3, bool), points, strides, ranges, 1.5)
+    )
     assert set(matched[positive].tolist()) == {0, 1, 2}
     boxes = truth["boxes"][0][matched]
-    sides = jnp.concatenate([points - boxes[:, :2], boxes[:, 2:] - points], axis=-1) / strides
-    distances = jnp.log(jnp.where(positive[:, None], sides, 1.0))
+    sides = np.concatenate([points - boxes[:, :2], boxes[:, 2:] - points], axis=-1) / strides
+    distances = np.log(np.where(positive[:, None], sides, 1.0))
     logits = np.full((1, len(points), CLASSES), -50.0, np.float32)
     logits[0, positive, matched[positive]] = 50.0
     outputs = {"logits": logits, "distances": distances[None],
                "centerness": np.full((1, len(points), 1), 50.0)}  # fmt: skip
-    losses = model.losses(outputs, truth, SIZE)
+    losses, found = jax.jit(
+        lambda outputs: (model.losses(outputs, truth, SIZE), model.detections(outputs, SIZE))
+    )(outputs)
     assert losses["classification"] < 1e-5 and abs(losses["box"]) < 1e-4
-    found = model.detections(outputs, SIZE)
     rows = np.asarray(found["detected"][0])
     order = np.argsort(found["labels"][0][rows])
     assert rows.sum() == 3
@@ -144,17 +155,14 @@ def test_the_score_is_the_geometric_mean_of_class_and_centerness():
     logits = np.full((1, places, CLASSES), -50.0, np.float32)
     logits[0, 5, 1], center = 0.3, np.full((1, places, 1), -0.7)
     outputs = {"logits": logits, "distances": np.zeros((1, places, 4)), "centerness": center}
-    found = model.detections(outputs, SIZE)
+    found = jax.jit(lambda outputs: model.detections(outputs, SIZE))(outputs)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     expected = np.sqrt(sigmoid(0.3) * sigmoid(-0.7))
     np.testing.assert_allclose(found["scores"][0], [expected, 0], rtol=1e-5)
     np.testing.assert_allclose(found["boxes"][0, 0], [18, 0, 26, 6])  # the place (22, 2), clipped
 
 
-def test_centerness_at_the_centre_and_at_the_border():
-    boxes = jnp.array([[0.0, 0, 10, 20]] * 3)
-    points = jnp.array([[5.0, 10], [2.5, 10], [0, 10]])
-    np.testing.assert_allclose(centerness_of(boxes, points), [1, np.sqrt(1 / 3), 0], rtol=1e-6)
+def test_distances_are_held_below_a_limit():
     found = boxes_of(jnp.array([[100.0, -100, 0, 0]]), jnp.array([[0.0, 0]]), jnp.array([[8.0]]))
     np.testing.assert_allclose(found, [[-500, 0, 8, 8]], rtol=1e-5, atol=1e-30)
     # Themselves in place of their logarithms, and none where they are negative.

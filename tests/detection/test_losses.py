@@ -56,14 +56,50 @@ def test_of_boxes():
     np.testing.assert_allclose(out, [0.5, 0, 0])
 
 
-def test_normalized():
-    loss = jnp.array([[1, 2, np.nan], [4, np.inf, np.nan]])
-    weight = jnp.array([[1, 1, 0], [0.5, 0, 0]])
-    count = jnp.array([[True, True, False], [False] * 3])
-    assert losses.normalized(loss, weight, count) == 5 / 2
-    assert losses.normalized(loss, weight, count, by="image") == (3 / 2 + 2 / 1) / 2
-    assert losses.normalized(loss, 0 * weight, 0 * count) == 0
-    gradient = jax.grad(lambda v: losses.normalized(v, weight, count))(loss)
-    np.testing.assert_array_equal(gradient, weight / 2)
-    with pytest.raises(InputError, match="batch"):
-        losses.normalized(loss, weight, count, by="btch")
+LOSS = np.array([[1, 2, np.nan], [4, np.inf, np.nan], [np.nan, 3, 3]], np.float32)
+WEIGHT = np.array([[1, 1, 0], [0.5, 0, 0], [1, 1, 1]], np.float32)
+COUNT = np.array([[True, True, False], [False] * 3, [True] * 3])
+VALID = np.array([True, True, False])
+
+
+@pytest.mark.parametrize("by, expected, slope", [
+    ("image", (3 / 2 + 2 / 1) / 2, WEIGHT[:2] / [[4], [2]]),
+    ("batch", 5 / 2, WEIGHT[:2] / 2),
+    ("global", 5 / 2, WEIGHT[:2] / 2),
+])  # fmt: skip
+def test_normalized_by_hand(by, expected, slope):
+    assert losses.normalized(LOSS[:2], WEIGHT[:2], COUNT[:2], by=by) == expected
+    assert losses.normalized(LOSS, WEIGHT, COUNT, VALID, by=by) == expected
+    assert losses.normalized(LOSS, 0 * WEIGHT, 0 * COUNT, by=by) == 0
+    assert losses.normalized(LOSS, WEIGHT, COUNT, ~VALID & VALID, by=by) == 0
+    gradient = jax.grad(lambda v: losses.normalized(v, WEIGHT, COUNT, VALID, by=by))(LOSS)
+    np.testing.assert_array_equal(gradient[:2], slope)
+    assert not gradient[2].any()
+
+
+def test_normalized_over_devices():
+    """Under pmap the mean over devices is that of the whole batch, whoever has the foreground."""
+    rng = np.random.default_rng(0)
+    loss, count = rng.normal(size=(4, 3, 5)).astype("f"), rng.random((4, 3, 5)) < 0.4
+    loss[0] += 3  # the devices differ
+    count[1], valid = False, rng.random((4, 3)) < 0.7
+
+    def mean(by):
+        one = lambda *rows: jax.lax.pmean(  # noqa: E731
+            losses.normalized(rows[0], rows[1], rows[1], rows[2], by=by), "data"
+        )
+        return float(jax.pmap(one, axis_name="data", devices=jax.devices()[:4])(
+            loss, count, valid)[0])  # fmt: skip
+
+    merged = [x.reshape(12, *x.shape[2:]) for x in (loss, count, count, valid)]
+    whole = losses.normalized(*merged, by="batch")
+    assert whole == losses.normalized(*merged, by="global")
+    np.testing.assert_allclose(mean("global"), whole, rtol=1e-6)
+    each = [losses.normalized(a, c, c, v, by="batch") for a, c, v in zip(loss, count, valid)]  # noqa: B905
+    np.testing.assert_allclose(mean("batch"), np.mean(each), rtol=1e-6)
+    assert abs(mean("batch") - whole) > 1e-2
+
+
+def test_another_normalizer():
+    with pytest.raises(InputError, match="'btch'; it can be 'image', 'batch', 'global'"):
+        losses.normalized(LOSS, WEIGHT, COUNT, by="btch")

@@ -1,13 +1,15 @@
 """RetinaNet: the losses by a slow loop, perfect outputs, and the number of parameters."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from cvjax.detection.anchors import grid_anchors
+from cvjax.detection.assigners import max_iou
 from cvjax.detection.boxes import iou as iou_matrix
 from cvjax.detection.coders import encode_deltas
-from cvjax.detection.retinanet import RetinaNet, RetinaNetHead, match
+from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
 from cvjax.errors import InputError
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
@@ -46,32 +48,6 @@ def test_anchors_stand_in_the_order_level_row_column_ratio_octave():
     np.testing.assert_array_equal(rounded.anchors(SIZE)[3], [-6, -6, 6, 6])
     # 12 * 2 ** (1 / 3) = 15.12 counts as 15, which at the ratio 2 is 10.6 wide and 21.2 high.
     np.testing.assert_array_equal(rounded.anchors(SIZE)[7], [-5, -11, 5, 11])
-
-
-def boxes_of(rng, *shape, size=50.0):
-    corner = rng.uniform(-5, size, (*shape, 2))
-    return np.concatenate([corner, corner + rng.uniform(1, 30, (*shape, 2))], -1).astype(np.float32)
-
-
-def test_matching_follows_the_rules_one_anchor_after_the_other():
-    rng = np.random.default_rng(3)
-    anchors = grid_anchors(6, 7, 8, (16, 23), (1.0, 2.0), offset=0.5, rounded=False)
-    for n in range(6):
-        boxes = boxes_of(rng, 6)
-        boxes[0] = boxes[1]  # a tie: the first has it
-        if n == 5:
-            boxes[2] = -500, -500, -400, -400  # overlaps nothing: it makes no anchor positive
-        valid = np.arange(6) < n + 1
-        matched, is_positive, is_negative = match(boxes, valid, anchors, 0.5, 0.4)
-        iou = np.asarray(iou_matrix(boxes, anchors))[: n + 1]
-        for i in range(len(anchors)):
-            best = iou[:, i].max()
-            is_best = any(iou[j, i] == iou[j].max() > 0 for j in range(n + 1))
-            assert is_positive[i] == (best >= 0.5 or is_best)
-            assert is_negative[i] == (best < 0.4 and not is_best)
-            assert not is_positive[i] or matched[i] == iou[:, i].argmax()
-    _, is_positive, is_negative = match(boxes, np.zeros(6, bool), anchors, 0.5, 0.4)
-    assert not is_positive.any() and is_negative.all()
 
 
 @pytest.mark.parametrize("normalizer", ["image", "batch"])
@@ -122,16 +98,20 @@ def test_losses_are_those_of_the_slow_loop(normalizer):
 def test_the_encoded_truth_is_detected_and_costs_nothing():
     model = RetinaNet(ENCODER, RetinaNetHead(CLASSES), scale=3.0, score=0.5)
     anchors, truth = model.anchors(SIZE), truth_of(3)
+    assign = functools.partial(max_iou, foreground=0.5, background=0.4, low_quality=True)
+    assign, encode = jax.jit(assign), jax.jit(encode_deltas)
     logits = np.full((3, len(anchors), CLASSES), -50.0, np.float32)
     deltas = np.zeros((3, len(anchors), 4), np.float32)
     for i in range(3):
-        matched, positive, _ = match(truth["boxes"][i], truth["box_valid"][i], anchors, 0.5, 0.4)
+        matched, positive, _ = assign(anchors, truth["boxes"][i], truth["box_valid"][i])
         boxes = np.where(np.asarray(positive)[:, None], truth["boxes"][i][matched], anchors)
-        deltas[i] = encode_deltas(boxes, anchors)
+        deltas[i] = encode(boxes, anchors)
         logits[i, positive, truth["box_label"][i][matched][positive]] = 50.0
     outputs = {"logits": logits, "deltas": deltas}
-    assert all(value < 1e-5 for value in model.losses(outputs, truth, SIZE).values())
-    found = model.detections(outputs, SIZE)
+    losses, found = jax.jit(
+        lambda outputs: (model.losses(outputs, truth, SIZE), model.detections(outputs, SIZE))
+    )(outputs)
+    assert all(value < 1e-5 for value in losses.values())
     limits = np.array([SIZE[1], SIZE[0]] * 2)
     for i in range(3):
         valid = truth["box_valid"][i]
@@ -160,7 +140,9 @@ def test_the_number_of_parameters_is_that_of_torchvision():
 
 
 def test_impossible_settings():
-    with pytest.raises(InputError, match="normalizer is 'epoch'; it can be 'image', 'batch'"):
+    with pytest.raises(
+        InputError, match="normalizer is 'epoch'; it can be 'image', 'batch', 'global'"
+    ):
         RetinaNet(ENCODER, RetinaNetHead(3), normalizer="epoch")
     with pytest.raises(InputError, match="no map 'stage3'"):
         Pyramid(ResNet(stage_sizes=(1, 1)), FPN(8), ("stage1", "stage3"))

@@ -129,8 +129,11 @@ def _bright(rng: np.random.Generator) -> np.ndarray:
 
 def _paint(canvas: np.ndarray, cover: np.ndarray, color: np.ndarray) -> None:
     """Blends a colour into the canvas by the share of each pixel that is covered, [h, w]."""
-    where = cover > 0
-    canvas[where] += cover[where, None] * (color - canvas[where])
+    rows, columns = (np.flatnonzero(cover.any(axis=axis)) for axis in (1, 0))
+    if rows.size:
+        # Only the part that is covered somewhere: a digit is a small part of a scene.
+        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        canvas[part] += cover[part][..., None] * (color - canvas[part])
 
 
 def _scrap(rng: np.random.Generator, size: int, digits: Digits) -> np.ndarray:

@@ -1,0 +1,115 @@
+"""Segmentation of each digit in composed scenes, 128 x 128 pixels, with Mask R-CNN.
+
+Mask R-CNN (arXiv:1703.06870) on a small residual network with a feature pyramid; scenes of one to
+six real MNIST digits that partly hide each other, the held-out ones made of held-out digits.
+
+    python main.py --config=configs/mask_rcnn.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 4800
+    config.batch_size = 8
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 2400
+    config.best = "coco/mask_AP"
+
+    scenes = dict(type="data.sources.detection_scenes.DetectionScenes", masks=True)
+    config.data = dict(
+        train=dict(**scenes, split="train", count=40_000),
+        test=dict(**scenes, split="test", count=500),
+        transforms=dict(),
+        threads=0,
+        processes=0,
+    )
+    config.task = dict(
+        type="detection.task.Detection",
+        model=dict(
+            type="detection.rcnn.RCNN",
+            encoder=dict(
+                type="nn.fpn.Pyramid",
+                backbone=dict(
+                    type="nn.features.Patches",
+                    patch=2,
+                    backbone=dict(
+                        type="nn.resnet.ResNet",
+                        stem="cifar",
+                        width=16,
+                        stage_sizes=(1, 1, 1, 1),
+                        dtype="float32",
+                        remat=False,
+                    ),
+                ),
+                fpn=dict(type="nn.fpn.FPN", features=48, dtype="float32"),
+                stages=("stage2", "stage3", "stage4"),
+            ),
+            rpn=dict(
+                type="detection.rpn.RPN",
+                head=dict(
+                    type="detection.rpn.RPNHead", anchors=2, features=48, depth=1, dtype="float32"
+                ),
+                scale=4.0,
+                ratios=(1.0, 2.0),
+                samples=64,
+                candidates=100,
+                proposals=50,
+            ),
+            box_head=dict(
+                type="detection.box_head.BoxHead",
+                num_classes=10,
+                features=256,
+                size=7,
+                candidates=100,
+                outputs=20,
+                dtype="float32",
+            ),
+            heads=dict(
+                mask=dict(
+                    type="detection.mask_head.MaskHead",
+                    num_classes=10,
+                    features=48,
+                    depth=2,
+                    size=14,
+                    dtype="float32",
+                )
+            ),
+            pool=dict(
+                type="detection.rcnn.PyramidPool",
+                levels=2,
+                canonical_size=56.0,
+                canonical_level=3,
+                samples=1,
+            ),
+            samples=32,
+            fraction=0.25,
+        ),
+        weights=dict(mask=2.0),
+    )
+    config.evaluators = dict(
+        coco=dict(type="detection.evaluate.CocoEvaluator", num_classes=10, parts=("boxes", "masks"))
+    )
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(type="optax.adamw", b2=0.99),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=4e-3, pct_start=0.1),
+        weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
+        clip_norm=5.0,
+        accumulate=1,
+    )
+    config.ema = None
+
+    if tiny:
+        config.steps, config.batch_size = 4, 8
+        config.log_every = config.evaluate_every = 2
+        config.data.train.count = config.data.test.count = 16
+        model = config.task.model
+        model.encoder.backbone.backbone.width = 4
+        model.encoder.fpn.features = model.rpn.head.features = 8
+        model.box_head.features = model.heads.mask.features = 8
+        model.rpn.proposals, model.samples = 8, 8
+    return config
