@@ -33,7 +33,9 @@ from cvjax.detection.losses import (
     normalized,
     sigmoid_focal,
 )
+from cvjax.errors import InputError
 
+DISTANCES = ("exp", "relu")
 LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a distance: exp(100) is no number
 
 
@@ -43,6 +45,7 @@ class FCOSHead(nn.Module):
     Attributes:
       num_classes: length of the logits.
       features, depth, groups: of the towers (`cvjax.detection.dense.Tower`).
+      scales: the distances of each level have a factor of their own; torchvision's have none.
       dtype: of the computation; parameters are float32.
     """
 
@@ -50,14 +53,15 @@ class FCOSHead(nn.Module):
     features: int = 256
     depth: int = 4
     groups: int = 32
+    scales: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:
         """Levels [b, h_i, w_i, c] -> arrays of all p places, float32.
 
-        "logits" [b, p, classes], "distances" [b, p, 4], the logarithms of the distances left, up,
-        right and down in strides, and "centerness" [b, p, 1], a logit.
+        "logits" [b, p, classes]; "distances" [b, p, 4], left, up, right and down, of which
+        `boxes_of` makes boxes; and "centerness" [b, p, 1], a logit.
         """
         towers = [
             Tower(self.features, self.depth, self.groups, self.dtype, name=f"{name}_tower")
@@ -68,7 +72,7 @@ class FCOSHead(nn.Module):
         centerness = output_layer(1, dtype=self.dtype, name="centerness")
         outputs = {"logits": [], "distances": [], "centerness": []}
         for number, x in enumerate(levels, start=1):
-            scale = self.param(f"scale{number}", nn.initializers.ones, ())
+            scale = self.param(f"scale{number}", nn.initializers.ones, ()) if self.scales else 1.0
             box = towers[1](x)
             outputs["logits"].append(classes(towers[0](x)))
             outputs["distances"].append(scale * distances(box).astype(jnp.float32))
@@ -87,6 +91,9 @@ class FCOS(nn.Module):
       reach: a level with stride s is for boxes whose farthest side, seen from the place, is
         from reach * s / 2 to reach * s pixels away; the first level is also for smaller ones
         and the last for larger ones. The paper has 8.
+      offset: of the places, in strides: 0.5 is the middle of a cell; torchvision has 0.
+      distances: what the head says of them in strides, "exp": their logarithm, as in the first
+        paper, or "relu": themselves, and 0 where it is negative, as in the later and torchvision.
       radius: only places this near to the box's centre, in strides along both axes, are positive.
       normalizer: of the losses, see `cvjax.detection.losses.normalized`.
       candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
@@ -95,6 +102,8 @@ class FCOS(nn.Module):
     encoder: nn.Module
     head: nn.Module
     reach: float = 8.0
+    offset: float = 0.5
+    distances: str = "exp"
     radius: float = 1.5
     normalizer: str = "batch"
     candidates: int = 1000
@@ -104,6 +113,11 @@ class FCOS(nn.Module):
 
     def __post_init__(self):
         check_normalizer(self.normalizer)
+        if self.distances not in DISTANCES:
+            raise InputError(
+                f"FCOS: distances is {self.distances!r}; it can be "
+                f"{', '.join(map(repr, DISTANCES))}"
+            )
         super().__post_init__()
 
     @nn.compact
@@ -126,7 +140,7 @@ class FCOS(nn.Module):
             stride = strides[number]
             low = self.reach * strides[number - 1] if number else 0.0
             high = self.reach * stride if number + 1 < len(strides) else math.inf
-            points.append(grid_points(height, width, stride, offset=0.5))
+            points.append(grid_points(height, width, stride, offset=self.offset))
             steps.append(np.full((height * width, 1), stride))
             ranges.append(np.full((height * width, 2), (low, high)))
         return tuple(jnp.concatenate(one).astype(jnp.float32) for one in (points, steps, ranges))
@@ -150,7 +164,8 @@ class FCOS(nn.Module):
             # A place without a box has one of its own, so that its gradient is finite.
             own = jnp.concatenate([points - strides, points + strides], axis=-1)
             boxes = jnp.where(positive, boxes[assigned.index], own)
-            found = jnp.where(positive, boxes_of(outputs["distances"], points, strides), own)
+            found = boxes_of(outputs["distances"], points, strides, self.distances)
+            found = jnp.where(positive, found, own)
             center = centerness(encode_distances(boxes, points))
             losses = {
                 "classification": sigmoid_focal(logits, target),
@@ -181,13 +196,23 @@ class FCOS(nn.Module):
         def of_image(outputs: dict[str, jax.Array]) -> Detections:
             probability = jax.nn.sigmoid(outputs["logits"]) * jax.nn.sigmoid(outputs["centerness"])
             return select(
-                boxes_of(outputs["distances"], points, strides), jnp.sqrt(probability), size=size,
-                candidates=self.candidates, score=self.score, iou=self.iou, outputs=self.outputs,
+                boxes_of(outputs["distances"], points, strides, self.distances),
+                jnp.sqrt(probability), size=size, candidates=self.candidates, score=self.score,
+                iou=self.iou, outputs=self.outputs,
             )  # fmt: skip
 
         return jax.vmap(of_image)(outputs)
 
 
-def boxes_of(distances: jax.Array, points: jax.Array, strides: jax.Array) -> jax.Array:
-    """Boxes [p, 4] from the logarithms of distances [p, 4] in strides, at most 1000 / 16."""
-    return decode_distances(jnp.exp(jnp.minimum(distances, LARGEST_STEP)), points, strides)
+def boxes_of(
+    distances: jax.Array, points: jax.Array, strides: jax.Array, form: str = "exp"
+) -> jax.Array:
+    """Boxes [p, 4] from what is said of their distances [p, 4]; `form` is that of `FCOS`.
+
+    The exponential is at most 1000 / 16.
+    """
+    if form == "exp":
+        distances = jnp.exp(jnp.minimum(distances, LARGEST_STEP))
+    else:
+        distances = nn.relu(distances)
+    return decode_distances(distances, points, strides)

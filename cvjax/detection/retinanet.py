@@ -4,6 +4,7 @@ T.-Y. Lin, P. Goyal, R. Girshick, K. He, P. Dollar: Focal Loss for Dense Object 
 (https://arxiv.org/abs/1708.02002).
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -71,7 +72,8 @@ class RetinaNet(nn.Module):
       octaves: how many sizes of anchors there are within a factor of two.
       ratios: height / width of the anchors.
       offset: of the anchors' centres, in strides: 0.5 is the middle of a cell; torchvision has 0.
-      rounded: the anchors' corners are whole pixels around their centres, as in torchvision.
+      rounded: the anchors' corners are whole pixels around their centres, and so were the sides of
+        the square ones before they got their ratio, as in torchvision.
       positive, negative: an anchor is positive from this IoU on (or if no other anchor overlaps
         some box more), negative below that, and counts nowhere between.
       normalizer: of the losses, see `cvjax.detection.losses.normalized`.
@@ -110,6 +112,8 @@ class RetinaNet(nn.Module):
         levels = []
         for (height, width), stride in zip(level_sizes(size, strides), strides, strict=True):
             sides = [self.scale * stride * 2 ** (i / self.octaves) for i in range(self.octaves)]
+            if self.rounded:
+                sides = [math.floor(side) for side in sides]
             levels.append(
                 grid_anchors(
                     height,

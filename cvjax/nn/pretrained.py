@@ -5,11 +5,12 @@
     fit(Classification(model), data, initialize=initialize, ...)
 
 It reads the files of torchvision, timm and Hugging Face: `.safetensors`, `.pth` (without torch),
-`.npz`. Whose names they are is found out: it is the naming in `weight_names` that knows most of
-them. What is read are weights alone: that the network is the same one (epsilon of the norms,
-padding, activation) is for you to say by its fields, and where a fact like that is known to
-differ, the docstring of the field says so. The running variance of torch's norms is the unbiased
-one, and ours that of the batch: it is loaded as it is, since evaluation reads it alike.
+`.npz`; of whole detectors, too (`cvjax.detection.published`). Whose names they are is found out: it
+is the naming in `weight_names` that knows most of them. What is read are weights alone: that the
+network is the same one (epsilon of the norms, padding, activation) is for you to say by its fields,
+and where a fact like that is known to differ, the docstring of the field says so. The running
+variance of torch's norms is the unbiased one, and ours that of the batch: it is loaded as it is,
+since evaluation reads it alike.
 """
 
 import importlib.util
@@ -31,7 +32,7 @@ import safetensors.numpy
 from cvjax.errors import InputError, nearest
 from cvjax.nn.bicubic import resize_bicubic
 from cvjax.nn.torch_files import read_torch, state_dict
-from cvjax.nn.weight_names import NAMINGS, NO_WEIGHTS, fused, translate
+from cvjax.nn.weight_names import NAMINGS, NO_WEIGHTS, TRANSPOSED, fused, translate
 
 PyTree = Any
 OWN = "our own names"
@@ -78,13 +79,14 @@ def load_pretrained(
     path: str | os.PathLike,
     at: str = "model",
 ) -> tuple[dict[str, PyTree], dict[str, PyTree], Table]:
-    """For `fit(initialize=...)`: params and model state with a backbone's weights from a file.
+    """For `fit(initialize=...)`: params and model state with weights from a file.
 
     Args:
       params: {group: pytree}.
       model_state: the other collections; of these `batch_stats` is set.
       path: see `read_weights`.
-      at: where in `params` the backbone is, like "model" or "model/backbone".
+      at: where in `params` the network is that the file is of, like "model", for a backbone or a
+        whole detector, or "model/backbone".
 
     Raises:
       InputError: there is nothing at `at`; and as `load_variables`.
@@ -105,7 +107,7 @@ def load_pretrained(
 def load_variables(
     variables: Mapping[str, PyTree], path: str | os.PathLike
 ) -> tuple[dict[str, PyTree], Table]:
-    """The variables of a backbone with the weights of a file, and what became of each array.
+    """The variables of a network with the weights of a file, and what became of each array.
 
     Dtypes and shardings stay. A head for another number of classes stays as it is; position
     embeddings for another size of image are resampled (`resize_bicubic`).
@@ -213,6 +215,8 @@ def _fitted(
     if foreign and path.endswith("/kernel"):
         if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]
+        if re.fullmatch(TRANSPOSED, path) and value.ndim == 4:
+            value = value.swapaxes(0, 1)
         # Torch: [out, in, height, width] and [out, in]. Ours: [height, width, in, out], [in, out].
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
     elif [size for size in there if size != 1] == [size for size in shape if size != 1]:
@@ -222,7 +226,7 @@ def _fitted(
     if name == "position" and value.ndim == 3 and value.shape[-1] == shape[-1]:
         height, width, _ = value.shape
         return resize_bicubic(value, *shape[:2]), f"loaded: resampled from {height}x{width}"
-    if name.startswith("head/"):
+    if name.startswith(("head/", "box_head/", "heads_")):
         return None, f"fresh: {list(there)} in the file"
     return None, f"shape differs: {list(there)} in the file"
 

@@ -53,6 +53,7 @@ class Block(nn.Module):
         features * base_width / 64 * groups channels.
       average_shortcut: a shortcut that strides takes the mean of 2x2 pixels (variant D).
       drop_rate: of stochastic depth.
+      epsilon: of the norms.
       dtype: of the computation; parameters and statistics are float32.
     """
 
@@ -63,6 +64,7 @@ class Block(nn.Module):
     base_width: int = 64
     average_shortcut: bool = False
     drop_rate: float = 0.0
+    epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -78,7 +80,9 @@ class Block(nn.Module):
         else:
             channels = self.features
             convolutions = (channels, 3, self.stride), (channels, 3, 1)
-        norm = partial(nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        norm = partial(
+            nn.BatchNorm, not train, momentum=0.9, epsilon=self.epsilon, dtype=self.dtype
+        )
 
         y = x
         for number, (features, kernel, stride) in enumerate(convolutions, start=1):
@@ -126,6 +130,7 @@ class ResNet(nn.Module):
         `groups` groups of width * base_width / 64 channels.
       stochastic_depth: the chance that the last block is left out for an example, in training.
       dropout: of the mean of the last map, before the head.
+      epsilon: of the norms.
       dtype: of the computation; parameters, statistics and logits are float32.
       remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
@@ -141,6 +146,7 @@ class ResNet(nn.Module):
     base_width: int = 64
     stochastic_depth: float = 0.0
     dropout: float = 0.0
+    epsilon: float = 1e-5
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -177,7 +183,7 @@ class ResNet(nn.Module):
         kind, sizes = SIZES[self.depth]
         kind, sizes = self.block or kind, self.stage_sizes or sizes
         conv = partial(convolution, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, momentum=0.9, epsilon=self.epsilon, dtype=self.dtype)
         if self.stem == "cifar":
             self.stem_conv = conv(self.width, 3)
         elif self.variant == "b":
@@ -199,6 +205,7 @@ class ResNet(nn.Module):
                     base_width=self.base_width,
                     average_shortcut=self.variant == "d",
                     drop_rate=next(rates),
+                    epsilon=self.epsilon,
                     dtype=self.dtype,
                 )
                 for number in range(size)

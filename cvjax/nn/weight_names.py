@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cvjax.nn import weight_names_detection as detection
 from cvjax.nn import weight_names_transformers as transformers
 
 Arrays = dict[str, np.ndarray]
@@ -22,6 +23,8 @@ LEAVES = {
     "running_mean": ("batch_stats/{}/mean",),
     "running_var": ("batch_stats/{}/var",),
 }
+# Transposed convolutions: their kernels have the channels that come in before those that go out.
+TRANSPOSED = r".*/(conv5_mask|kps_score_lowres)/kernel"
 NO_WEIGHTS = r".*\.(num_batches_tracked|relative_position_index|attn_mask)|.*mask_token"
 
 
@@ -309,6 +312,21 @@ def _regular_torchvision(names: Iterable[str]) -> dict[str, str]:
     return regular
 
 
+_BODY = tuple(
+    (rf"backbone\.body\.{theirs}", f"encoder/backbone/{ours}")
+    for theirs, ours in (*_RESNET, *_shortcuts(0))
+)
+_BACKBONE_DETR = tuple(
+    (rf"model\.backbone\.(?:conv_encoder\.)?model\.{theirs}", f"backbone/{ours}")
+    for theirs, ours in (*_RESNET, *_shortcuts(0), *_RESNET_HF)
+)
+
+
+def _regular_detr(names: Iterable[str]) -> dict[str, str]:
+    """A table of vectors is no kernel, though it is called a weight."""
+    return {"model.query_position_embeddings.weight": "query_positions"}
+
+
 NAMINGS = (
     Naming("torchvision's or timm's ResNet", (*_RESNET, *_shortcuts(0))),
     Naming("timm's ResNet-D", (*_RESNET, *_shortcuts(1))),
@@ -329,4 +347,8 @@ NAMINGS = (
     Naming("Microsoft's Swin transformer", transformers.SWIN_MICROSOFT),
     Naming("torchvision's Swin transformer", transformers.SWIN_TORCHVISION),
     Naming("Hugging Face's Swin transformer", transformers.SWIN_HF),
+    Naming("torchvision's RetinaNet", (*_BODY, *detection.RETINANET)),
+    Naming("torchvision's FCOS", (*_BODY, *detection.FCOS)),
+    Naming("Hugging Face's DETR", (*_BACKBONE_DETR, *detection.DETR_HF), _regular_detr),
+    Naming("torchvision's R-CNN", (*_BODY, *detection.RCNN)),
 )

@@ -165,6 +165,10 @@ def test_the_score_is_the_geometric_mean_of_class_and_centerness():
 def test_distances_are_held_below_a_limit():
     found = boxes_of(jnp.array([[100.0, -100, 0, 0]]), jnp.array([[0.0, 0]]), jnp.array([[8.0]]))
     np.testing.assert_allclose(found, [[-500, 0, 8, 8]], rtol=1e-5, atol=1e-30)
+    # Themselves in place of their logarithms, and none where they are negative.
+    told = jnp.array([[1.5, -2, 0, 3]])
+    found = boxes_of(told, jnp.array([[10.0, 20]]), jnp.array([[8.0]]), "relu")
+    np.testing.assert_allclose(found, [[-2, 20, 10, 44]])
     assert LARGEST_STEP == np.log(1000 / 16)
 
 
@@ -185,3 +189,5 @@ def test_the_number_of_parameters_is_that_of_torchvision():
 def test_impossible_settings():
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         FCOS(ENCODER, FCOSHead(3), normalizer="epoch")
+    with pytest.raises(InputError, match="distances is 'log'; it can be 'exp', 'relu'"):
+        FCOS(ENCODER, FCOSHead(3), distances="log")

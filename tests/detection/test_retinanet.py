@@ -46,6 +46,8 @@ def test_anchors_stand_in_the_order_level_row_column_ratio_octave():
     rounded = RetinaNet(ENCODER, RetinaNetHead(3), scale=3.0, offset=0, rounded=True)
     np.testing.assert_array_equal(rounded.anchors(SIZE) % 1, 0)
     np.testing.assert_array_equal(rounded.anchors(SIZE)[3], [-6, -6, 6, 6])
+    # 12 * 2 ** (1 / 3) = 15.12 counts as 15, which at the ratio 2 is 10.6 wide and 21.2 high.
+    np.testing.assert_array_equal(rounded.anchors(SIZE)[7], [-5, -11, 5, 11])
 
 
 @pytest.mark.parametrize("normalizer", ["image", "batch"])
