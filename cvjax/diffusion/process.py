@@ -8,8 +8,9 @@ Notation, after D. Kingma et al., Variational Diffusion Models (https://arxiv.or
     log SNR = 2 log(alpha(t) / sigma(t)), falls with t
 
 A process is alpha and sigma; all else follows from them. The time that they see runs from MARGIN
-to 1 - MARGIN: nothing is ever divided by zero, every parameterization is defined at both ends of
-[0, 1], and the noise that is left at t = 0 is less than a grey level.
+to 1 - MARGIN (but for EDM, which has a floor of its own): nothing is ever divided by zero, every
+parameterization is defined at both ends of [0, 1], and the noise that is left at t = 0 is about a
+grey level or less.
 """
 
 from collections.abc import Callable
@@ -58,6 +59,11 @@ def logit_normal(u: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array
     return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
 
 
+def log_normal(u: jax.Array, mean: float = -1.2, std: float = 1.2) -> jax.Array:
+    """The quantiles of exp(N(mean, std^2)): the noise levels of EDM (T. Karras et al., table 1)."""
+    return jnp.exp(mean + std * jax.scipy.special.ndtri(u))
+
+
 @dataclass(frozen=True)
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1 at all times.
@@ -84,18 +90,38 @@ class VariancePreserving:
         """The factor of x_0."""
         if self.schedule == "cosine":
             return jnp.cos(jnp.pi / 2 * _inside(t))
-        return jnp.exp(self._log_alpha(t))
+        return jnp.exp(_half_integral_of_beta(t))
 
     def sigma(self, t: jax.Array) -> jax.Array:
         """The standard deviation of the noise."""
         if self.schedule == "cosine":
             return jnp.sin(jnp.pi / 2 * _inside(t))
-        return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
+        return jnp.sqrt(-jnp.expm1(2 * _half_integral_of_beta(t)))
 
-    def _log_alpha(self, t: jax.Array) -> jax.Array:
-        """Half the integral of -beta from 0 to t."""
-        t, first, last = _inside(t), 0.1, 20.0
-        return -(t**2) * (last - first) / 4 - t * first / 2
+
+@dataclass(frozen=True)
+class SubVariancePreserving:
+    """alpha of the linear `VariancePreserving`, but sigma = 1 - alpha^2, the square of its sigma.
+
+    Y. Song et al., https://arxiv.org/abs/2011.13456, equation 29: less noise at all times.
+
+    Attributes:
+      prediction, times: as in `Process`.
+    """
+
+    prediction: str = "eps"
+    times: TimeQuantile = uniform
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """The factor of x_0."""
+        return jnp.exp(_half_integral_of_beta(t))
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """The standard deviation of the noise."""
+        return -jnp.expm1(2 * _half_integral_of_beta(t))
 
 
 @dataclass(frozen=True)
@@ -143,24 +169,84 @@ class VarianceExploding:
 
     def __post_init__(self):
         _check_prediction(self.prediction)
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise InputError(
-                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}; they must be above "
-                "0 and rise"
-            )
+        _check_sigmas(self.sigma_min, self.sigma_max)
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """The factor of x_0."""
-        return jnp.ones_like(t)
+        return jnp.ones_like(t, _float(t))
 
     def sigma(self, t: jax.Array) -> jax.Array:
         """The standard deviation of the noise."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** _inside(t)
 
 
+@dataclass(frozen=True)
+class EDM:
+    """alpha = 1 at all times, and sigma itself is the time: sigma = sigma_max t.
+
+    T. Karras et al., https://arxiv.org/abs/2206.00364. As a straight line through the origin would
+    make sigma(0) = 0, where x_0 says nothing of the noise, it starts at sigma_min / 20. A network
+    must scale its input itself; the grid of times that belongs to it is `grids.karras`.
+
+    Attributes:
+      sigma_min: the last noise level at which the network is asked; no sampler needs less.
+      sigma_max: the noise at t = 1.
+      mean, std: of log sigma in training, which is normal (their P_mean and P_std).
+      prediction: as in `Process`.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    mean: float = -1.2
+    std: float = 1.2
+    prediction: str = "x0"
+
+    def __post_init__(self):
+        _check_prediction(self.prediction)
+        _check_sigmas(self.sigma_min, self.sigma_max)
+        if self.std <= 0:
+            raise InputError(f"std is {self.std}; it must be above 0")
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """The factor of x_0."""
+        return jnp.ones_like(t, _float(t))
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """The standard deviation of the noise."""
+        floor = self.sigma_min / 20
+        return floor + (self.sigma_max - floor) * t
+
+    def times(self, u: jax.Array) -> jax.Array:
+        """The quantiles of t in training, with sigma log-normal but never above sigma_max."""
+        return jnp.minimum(log_normal(u, self.mean, self.std) / self.sigma_max, 1.0)
+
+
 def log_snr(process: Process, t: jax.Array) -> jax.Array:
     """log(alpha^2 / sigma^2)."""
     return 2 * (jnp.log(process.alpha(t)) - jnp.log(process.sigma(t)))
+
+
+def time_at(process: Process, ratio: jax.Array) -> jax.Array:
+    """The time at which sigma / alpha is `ratio`, in [0, 1]: 0 or 1 where it never is.
+
+    By bisection, to the last bit of t or of sigma: a process needs no inverse of its own.
+    """
+    ratio = jnp.asarray(ratio, jnp.result_type(float))
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        is_later = process.sigma(middle) < ratio * process.alpha(middle)
+        return jnp.where(is_later, middle, low), jnp.where(is_later, high, middle)
+
+    ends = jnp.zeros_like(ratio), jnp.ones_like(ratio)
+    low, high = jax.lax.fori_loop(0, 80, halve, ends)
+    return jnp.where(high == 1, high, low)
+
+
+def marginal(process: Process, x0: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean, shape of `x0` [b, ...], and standard deviation [b] of p(x_t | x_0), for times [b]."""
+    return _like(process.alpha(t), x0) * x0, process.sigma(t)
 
 
 def perturb(process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
@@ -224,6 +310,23 @@ def convert(
 ) -> jax.Array:
     """The quantity `target` where `value` is the quantity `source`, at x = x_t [b, ...], t [b]."""
     return combine(process, target, *split(process, source, value, x, t), t)
+
+
+def _half_integral_of_beta(t: jax.Array) -> jax.Array:
+    """log alpha of the linear schedule: half the integral of -beta(t) = -0.1 - 19.9 t from 0."""
+    t, first, last = _inside(t), 0.1, 20.0
+    return -(t**2) * (last - first) / 4 - t * first / 2
+
+
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise InputError(
+            f"sigma_min is {sigma_min} and sigma_max {sigma_max}; they must be above 0 and rise"
+        )
+
+
+def _float(t: jax.Array) -> jnp.dtype:
+    return jnp.result_type(t, float)
 
 
 def _check_prediction(name: str) -> None:

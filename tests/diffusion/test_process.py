@@ -8,26 +8,36 @@ import numpy as np
 import pytest
 
 from cvjax.diffusion.process import (
+    EDM,
     MARGIN,
     PARAMETERIZATIONS,
     FlowMatching,
+    SubVariancePreserving,
     VarianceExploding,
     VariancePreserving,
     combine,
     convert,
     diffusion,
     drift,
+    log_normal,
     log_snr,
     logit_normal,
+    marginal,
     perturb,
     prior,
     split,
+    time_at,
     uniform,
 )
 from cvjax.errors import InputError
 
-PROCESSES = [VariancePreserving("cosine"), VariancePreserving("linear"), FlowMatching()]
-ROUND = [*PROCESSES, VarianceExploding()]
+PROCESSES = [
+    VariancePreserving("cosine"),
+    VariancePreserving("linear"),
+    SubVariancePreserving(),
+    FlowMatching(),
+]
+ROUND = [*PROCESSES, VarianceExploding(), EDM()]
 TIMES = jnp.linspace(0.0, 1.0, 101)
 
 
@@ -85,9 +95,23 @@ def test_round_trips(process, source, target):
     np.testing.assert_allclose(
         there / scale, combine(process, target, x0, eps, t) / scale, atol=2e-3
     )
-    # ... and coming back loses nothing.
+    # ... and coming back loses no more than eps = (x - alpha x0) / sigma makes of one rounding.
     back = convert(process, target, source, there, x, t)
-    np.testing.assert_allclose(back, value, rtol=1e-4, atol=1e-4 * float(jnp.abs(value).max()))
+    lost = max(1e-4, 2e-7 / float(process.sigma(0.0)))
+    np.testing.assert_allclose(back, value, rtol=1e-4, atol=lost * float(jnp.abs(value).max()))
+
+
+@pytest.mark.parametrize("process", ROUND, ids=str)
+def test_round_trips_in_double_precision_are_exact(process):
+    with jax.enable_x64():
+        t = jnp.array([0.0, 1e-4, 0.5, 0.9999, 1.0])
+        x0, eps = jax.random.normal(jax.random.key(0), (2, len(t), 4))
+        x = perturb(process, x0, eps, t)
+        assert x.dtype == jnp.float64
+        values = {name: combine(process, name, x0, eps, t) for name in PARAMETERIZATIONS}
+        for source, target in itertools.permutations(values, 2):
+            there = convert(process, source, target, values[source], x, t)
+            np.testing.assert_allclose(there, values[target], rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
@@ -126,6 +150,59 @@ def test_the_exploding_process_only_adds_noise():
     np.testing.assert_allclose(jnp.std(noise), process.sigma(1.0), rtol=0.03)
     with pytest.raises(InputError, match="sigma_min is 2"):
         VarianceExploding(2.0, 1.0)
+
+
+def test_the_sub_preserving_process_is_that_of_the_sde():
+    # f = -beta / 2,  g^2 = beta (1 - exp(-2 int beta)): Song et al., equation 29.
+    process, t, speed = SubVariancePreserving(), TIMES, 1 - 2 * MARGIN
+    clock = MARGIN + speed * t
+    beta, integral = 0.1 + 19.9 * clock, 0.1 * clock + 19.9 * clock**2 / 2
+    np.testing.assert_allclose(drift(process, t), -beta * speed / 2, rtol=1e-4)
+    expected = -np.expm1(-2 * np.float64(integral)) * beta * speed
+    np.testing.assert_allclose(diffusion(process, t) ** 2, expected, rtol=2e-3)
+    less = VariancePreserving("linear").sigma(t)
+    np.testing.assert_allclose(process.sigma(t), less**2, rtol=1e-4)
+
+
+def test_the_time_of_edm_is_sigma():
+    # f = 0 and g = sqrt(2 sigma) in the time sigma: Karras et al., table 1 and equation 6.
+    process = EDM()
+    np.testing.assert_array_equal(process.alpha(TIMES), 1)
+    np.testing.assert_allclose(process.sigma(TIMES), 80 * TIMES, atol=1.01e-4)
+    np.testing.assert_array_equal(drift(process, TIMES), 0)
+    expected = 2 * process.sigma(TIMES) * 80
+    np.testing.assert_allclose(diffusion(process, TIMES) ** 2, expected, rtol=1e-4)
+    noise = prior(process, jax.random.key(0), (10_000,))
+    np.testing.assert_allclose(jnp.std(noise), 80, rtol=0.03)
+    u = (jnp.arange(10_000) + 0.5) / 10_000
+    logs = jnp.log(80 * process.times(u))
+    np.testing.assert_allclose([jnp.mean(logs), jnp.std(logs)], [-1.2, 1.2], atol=0.01)
+    assert EDM(sigma_max=0.5).times(u).max() == 1
+    np.testing.assert_allclose(log_normal(u, -1.2, 1.2), jnp.exp(logs), rtol=1e-5)
+    for wrong in (dict(sigma_min=2.0, sigma_max=1.0), dict(std=0.0), dict(prediction="D")):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            EDM(**wrong)
+
+
+@pytest.mark.parametrize("process", ROUND, ids=str)
+def test_marginals(process):
+    t = jnp.array([0.0, 0.4, 1.0])
+    x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    mean, std = marginal(process, x0, t)
+    assert mean.shape == x0.shape and std.shape == t.shape
+    np.testing.assert_allclose(mean + std[:, None, None] * eps, perturb(process, x0, eps, t))
+    np.testing.assert_allclose(mean, process.alpha(t)[:, None, None] * x0)
+
+
+@pytest.mark.parametrize("process", ROUND, ids=str)
+def test_the_time_of_a_noise_level(process):
+    t = jnp.array([0.0, 1e-5, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])
+    ratio = process.sigma(t) / process.alpha(t)
+    found = time_at(process, ratio)
+    np.testing.assert_allclose(found, t, atol=2e-6)  # of t, with sigma of 7 digits
+    np.testing.assert_allclose(process.sigma(found) / process.alpha(found), ratio, rtol=2e-4)
+    np.testing.assert_array_equal(time_at(process, jnp.array([0.0, 1e9])), [0.0, 1.0])
+    assert time_at(process, 1.0).shape == ()
 
 
 def test_quantiles_of_the_times():

@@ -1,0 +1,89 @@
+"""The probability flow ODE by an adaptive Runge-Kutta method (`pip install 'cvjax[diffusion]'`)."""
+
+import jax
+import jax.numpy as jnp
+
+from cvjax.diffusion import grids
+from cvjax.diffusion.process import Process
+from cvjax.diffusion.samplers.integration import Denoise, Shape, begin, time_steps
+from cvjax.diffusion.samplers.ode import velocity
+from cvjax.errors import InputError
+
+
+def adaptive(
+    denoise: Denoise,
+    process: Process,
+    keys: jax.Array,
+    shape: Shape,
+    steps: int,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+    start: jax.Array | None = None,
+) -> jax.Array:
+    """The method of Dormand and Prince, order 5: steps as long as the tolerances allow.
+
+    Y. Song et al., https://arxiv.org/abs/2011.13456, section 4.3. Each image has steps of its own,
+    so that it does not depend on its neighbours; a batch takes as many as its slowest image.
+
+    Args:
+      steps: the most that it may take; if it needs more, the program stops with an error.
+      rtol, atol: the error of a step is to be below atol + rtol |x|.
+    """
+    return solve(denoise, process, keys, shape, steps, rtol=rtol, atol=atol, start=start)[0]
+
+
+def solve(
+    denoise: Denoise,
+    process: Process,
+    keys: jax.Array,
+    shape: Shape,
+    steps: int,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+    start: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `adaptive`, and how often each image asked the network, int32 [b]."""
+    diffrax = _diffrax()
+    time_steps(grids.uniform, process, steps)  # for its error
+    x = begin(process, keys, shape, start)
+
+    # The solver sees one image; the network sees the batch, with all that belongs to its rows.
+    @jax.custom_batching.custom_vmap
+    def one(x: jax.Array, t: jax.Array) -> jax.Array:
+        return velocity(denoise, process, x[None], t[None])[0]
+
+    @one.def_vmap
+    def batch(size: int, is_batched: list[bool], x: jax.Array, t: jax.Array):
+        x, t = (
+            a if has_rows else jnp.broadcast_to(a, (size, *a.shape))
+            for a, has_rows in zip((x, t), is_batched, strict=True)
+        )
+        return velocity(denoise, process, x, t), True
+
+    def solve_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, x, _: one(x, jnp.asarray(t, x.dtype))),
+            diffrax.Dopri5(),
+            t0=1.0,
+            t1=0.0,
+            dt0=None,
+            y0=x,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+            max_steps=steps,
+        )
+        # Six new evaluations in each step, accepted or not, and two to find the first length.
+        return solution.ys[0], 6 * solution.stats["num_steps"] + 2
+
+    return jax.vmap(solve_one)(x)
+
+
+def _diffrax():
+    try:
+        import diffrax
+    except ImportError as error:
+        raise InputError(
+            "the adaptive sampler needs diffrax; pip install 'cvjax[diffusion]'"
+        ) from error
+    return diffrax

@@ -1,0 +1,91 @@
+"""What all samplers share: where they start, the noise that they draw, the loop over the times."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cvjax.diffusion.grids import TimeGrid
+from cvjax.diffusion.process import Process, prior
+from cvjax.errors import InputError
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+Shape = tuple[int, ...]
+
+
+def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
+    """The keys of the examples `first`, `first` + 1, ...: the same however a batch is split."""
+    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(count))
+
+
+def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
+    """The times [steps + 1] as numbers, known when a program is compiled.
+
+    Raises InputError unless there is at least one step, the times fall from 1 to 0, and some are
+    late enough to see the data: with EDM's sigma as time, equal steps are not.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; a sampler takes at least 1")
+    with jax.ensure_compile_time_eval():
+        grid = np.asarray(times(process, steps))
+    name = getattr(getattr(times, "func", times), "__name__", times)
+    if grid.shape != (steps + 1,) or not (np.diff(grid) < 0).all() or (grid[0], grid[-1]) != (1, 0):
+        raise InputError(
+            f"times={name} for {steps} steps gives {grid.size} times from {grid.flat[0]:.4g} to "
+            f"{grid.flat[-1]:.4g}; it must give {steps + 1} that fall strictly, from 1 to 0"
+        )
+    # Images in [-1, 1] have a standard deviation of about a half.
+    sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
+    if steps >= 10 and sigma > alpha / 2:
+        raise InputError(
+            f"times={name} does not fit {type(process).__name__}: the last of {steps} steps begins "
+            f"at sigma / alpha = {sigma / alpha:.3g}, so that none sees detail; take times="
+            "grids.karras"
+        )
+    return grid
+
+
+def at_times(function: Callable[[jax.Array], jax.Array], grid: np.ndarray) -> np.ndarray:
+    """A function of the time such as `process.sigma`, as numbers, for the times of a grid."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(function(jnp.asarray(grid)))
+
+
+def begin(
+    process: Process, keys: jax.Array, shape: Shape, start: jax.Array | None = None
+) -> jax.Array:
+    """x at t = 1, [b, *shape]: `start` if it is given, else noise."""
+    if start is None:
+        return jax.vmap(lambda key: prior(process, key, shape))(keys)
+    if start.shape != (len(keys), *shape):
+        raise InputError(f"start is {start.shape}; it must be {(len(keys), *shape)}")
+    return start
+
+
+def normal(keys: jax.Array, shape: Shape, index: jax.Array | int) -> jax.Array:
+    """Noise [b, *shape] of the step `index`, each row from its own key."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def integrate(
+    step: Callable, state: Any, grid: np.ndarray, batch: int, tables: Sequence[np.ndarray] = ()
+) -> Any:
+    """`state = step(state, index, t [b], s [b], *rows)`, from time t to time s of each step.
+
+    `rows` are those of the `tables` [steps, ...] for this step.
+    """
+
+    def body(state: Any, row: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        index, t, s, *rows = row
+        return step(state, index, jnp.full(batch, t), jnp.full(batch, s), *rows), None
+
+    rows = (jnp.arange(len(grid) - 1), grid[:-1], grid[1:], *tables)
+    return jax.lax.scan(body, state, jax.tree.map(jnp.asarray, rows))[0]
+
+
+def like(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
