@@ -219,8 +219,6 @@ class UNet(nn.Module):
                 x = attention(x, level, name)
 
         x = nn.silu(_norm(x, self.dtype, "head_norm"))
-        x = nn.Conv(
-            self.patch**2 * (self.out_channels or channels), (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype,
-            name="head",
-        )(x)  # fmt: skip
+        outputs, zeros = self.patch**2 * (self.out_channels or channels), nn.initializers.zeros
+        x = nn.Conv(outputs, (3, 3), kernel_init=zeros, dtype=self.dtype, name="head")(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)
