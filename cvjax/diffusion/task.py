@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cvjax import draw
+from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
+from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
-from cvjax.diffusion.samplers import dpm_solver_2m, example_keys
+from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, example_keys
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
@@ -20,12 +23,16 @@ class Diffusion:
     """Trains `network` to predict, from a noisy image, its time and its class, what `process` asks.
 
     A batch is {"image": float32 [b, h, w, c] in [0, 1], "label": int32 [b], "valid": bool [b]}; the
-    process sees images in [-1, 1]. Samples are clipped to [0, 1].
+    process sees images in [-1, 1]. `check` refuses others. Samples are clipped to [0, 1].
 
     Attributes:
       network: any module with `__call__(x [b, h, w, c], t [b], label [b]) -> [b, h, w, c]`; the
         label `num_classes` means that no class is given.
       process: what is added to images, what is predicted, and at which times it is learned.
+      weighting: of the squared error, one of `cvjax.diffusion.losses`; None weighs that of what is
+        predicted equally at all times.
+      coupling: `coupling(image, noise, label) -> noise` pairs the noise of a training batch with
+        its images (`cvjax.diffusion.coupling`); None leaves it to chance.
       num_classes: 0 ignores the labels.
       image_shape: (height, width, channels).
       class_dropout: probability that an example is shown without its class in training, so that
@@ -38,6 +45,8 @@ class Diffusion:
 
     network: nn.Module
     process: Process = FlowMatching()
+    weighting: Weighting | None = None
+    coupling: Callable[..., jax.Array] | None = None
     num_classes: int = 10
     image_shape: tuple[int, int, int] = (28, 28, 1)
     class_dropout: float = 0.1
@@ -57,6 +66,7 @@ class Diffusion:
                 "must be equal"
             )
         self._check_guidance(self.guidance)
+        self._check_process()
 
     @property
     def objectives(self) -> Sequence[Objective]:
@@ -65,9 +75,18 @@ class Diffusion:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"network": parameters} and no other state."""
-        image, label = self._clean(batch)
-        variables = self.network.init(rng, image, jnp.zeros(len(image)), label)
+        image, condition = self._clean(batch)
+        variables = self.network.init(rng, *self._inputs(image, jnp.zeros(len(image)), condition))
         return {"network": variables["params"]}, {}
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        image = np.asarray(batch["image"])[np.asarray(batch["valid"])]
+        if not (image.min(initial=0) >= 0 and image.max(initial=1) <= 1):  # NaN is neither
+            raise InputError(
+                f"images have values from {image.min():.4g} to {image.max():.4g}; diffusion takes "
+                "them in [0, 1]: give uint8, which the loader divides by 255, or rescale"
+            )
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
@@ -77,12 +96,13 @@ class Diffusion:
         The times of a batch are stratified: one in each of b equally likely intervals, with one
         random offset for all (D. Kingma et al., https://arxiv.org/abs/2107.00630, appendix I.1).
         """
-        image, label = self._clean(batch)
+        image, condition = self._clean(batch)
         offset_rng, noise_rng, dropout_rng = jax.random.split(rng, 3)
-        dropped = jax.random.bernoulli(dropout_rng, self.class_dropout, label.shape)
-        label = jnp.where(dropped, self.num_classes, label)
-        offset = jax.random.uniform(offset_rng)
-        errors = self._errors(params, image, label, offset, noise_rng)
+        eps = jax.random.normal(noise_rng, image.shape)
+        if self.coupling is not None:
+            eps = self.coupling(image, eps, condition)
+        condition = self._dropped(condition, dropout_rng)
+        errors = self._errors(params, image, condition, jax.random.uniform(offset_rng), eps)
         losses = mean(errors, batch["valid"])
         return losses.total / jnp.maximum(losses.count, 1), (state.model_state, {"loss": losses})
 
@@ -90,8 +110,9 @@ class Diffusion:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
         """Returns the loss, at the middle of each interval of time and with every class shown."""
-        image, label = self._clean(batch)
-        return {"loss": mean(self._errors(params, image, label, 0.5, rng), batch["valid"])}
+        image, condition = self._clean(batch)
+        eps = jax.random.normal(rng, image.shape)
+        return {"loss": mean(self._errors(params, image, condition, 0.5, eps), batch["valid"])}
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -111,63 +132,78 @@ class Diffusion:
     def sample(
         self,
         params: Params,
-        labels: jax.Array,
+        condition: PyTree,
         rng: jax.Array,
         guidance: float | None = None,
         steps: int | None = None,
         first: int = 0,
     ) -> jax.Array:
-        """Returns an image of each class in `labels`, float32 [b, h, w, c] in [0, 1]; jit it.
+        """Returns an image for each row of the condition, float32 [b, h, w, c] in [0, 1]; jit it.
 
         Args:
           params: {"network": parameters}.
-          labels: int32 [b]; `num_classes` for an image of any class.
+          condition: labels, int32 [b]; `num_classes` for an image of any class.
           rng: the image at row i comes from `fold_in(rng, first + i)`, so that a set of images may
             be made in batches of any size.
           guidance, steps: numbers in place of `guidance` and `sample_steps`.
           first: the place of the first row in the whole set.
         """
-        guidance = self.guidance if guidance is None else guidance
-        self._check_guidance(guidance)
-
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            if guidance == 1:
-                return self._predict(params, x, t, labels)
-            # One pass over a doubled batch. All parameterizations are affine in each other, so that
-            # it makes no difference which of them is extrapolated.
-            null = jnp.full_like(labels, self.num_classes)
-            twice = (jnp.concatenate([a, b]) for a, b in ((x, x), (t, t), (labels, null)))
-            conditional, unconditional = jnp.split(self._predict(params, *twice), 2)
-            return unconditional + guidance * (conditional - unconditional)
-
-        labels = labels if self.num_classes else jnp.zeros_like(labels)
         steps = self.sample_steps if steps is None else steps
-        keys = example_keys(rng, len(labels), first)
+        keys = example_keys(rng, len(jax.tree.leaves(condition)[0]), first)
+        denoise = self.denoiser(params, condition, guidance)
         x = self.sampler(denoise, self.process, keys, tuple(self.image_shape), steps)
         return jnp.clip((x + 1) / 2, 0.0, 1.0)
 
-    def _predict(self, params: Params, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
-        return self.network.apply({"params": params["network"]}, x, t, label)
+    def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
+        """Returns the guided network as samplers and the like want it: (x, t [b]) -> prediction."""
+        guidance = self.guidance if guidance is None else guidance
+        self._check_guidance(guidance)
+        # Without classes all labels are the null one.
+        condition = condition if self._is_conditional else self._null(condition)
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            if guidance == 1:
+                return self._predict(params, x, t, condition)
+            # One pass over a doubled batch. All parameterizations are affine in each other, so that
+            # it makes no difference which of them is extrapolated.
+            twice = jax.tree.map(
+                lambda *both: jnp.concatenate(both),
+                (x, t, condition),
+                (x, t, self._null(condition)),
+            )
+            conditional, unconditional = jnp.split(self._predict(params, *twice), 2)
+            return unconditional + guidance * (conditional - unconditional)
+
+        return denoise
+
+    def _predict(self, params: Params, x: jax.Array, t: jax.Array, condition: PyTree) -> jax.Array:
+        return self.network.apply({"params": params["network"]}, *self._inputs(x, t, condition))
 
     def _errors(
         self,
         params: Params,
         image: jax.Array,
-        label: jax.Array,
+        condition: PyTree,
         offset: jax.Array | float,
-        rng: jax.Array,
+        eps: jax.Array,
     ) -> jax.Array:
-        """Squared errors, mean over pixels [b], at stratified times."""
-        process, batch = self.process, len(image)
-        tiny = 1e-6  # 0 and 1 may be quantiles of infinity
-        t = process.times(jnp.clip((jnp.arange(batch) + offset) / batch, tiny, 1 - tiny))
-        eps = jax.random.normal(rng, image.shape)
-        prediction = self._predict(params, perturb(process, image, eps, t), t, label)
+        """Weighted squared errors, mean over pixels [b], at stratified times."""
+        process, t = self.process, self._times(len(image), offset)
+        prediction = self._predict(params, perturb(process, image, eps, t), t, condition)
         target = combine(process, process.prediction, image, eps, t)
-        return jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
+        errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
+        if self.weighting is None:
+            return errors
+        return of_prediction(self.weighting, process, t) * errors
 
-    def _clean(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Images in [-1, 1] and labels; zeros and the null class where not valid."""
+    def _times(self, batch: int, offset: jax.Array | float) -> jax.Array:
+        tiny = 1e-6  # 0 and 1 may be quantiles of infinity
+        return self.process.times(jnp.clip((jnp.arange(batch) + offset) / batch, tiny, 1 - tiny))
+
+    # What a condition is; other tasks have others. Here it is the label.
+
+    def _clean(self, batch: Batch) -> tuple[jax.Array, PyTree]:
+        """Images in [-1, 1] and their conditions; zeros and the null condition where not valid."""
         image, valid = batch["image"], batch["valid"]
         if image.shape[1:] != tuple(self.image_shape):
             raise InputError(
@@ -178,9 +214,100 @@ class Diffusion:
         label = jnp.where(valid, batch["label"] if self.num_classes else 0, self.num_classes)
         return image, label.astype(jnp.int32)
 
+    def _null(self, condition: PyTree) -> PyTree:
+        """The condition that says nothing."""
+        return jnp.full_like(condition, self.num_classes)
+
+    def _dropped(self, condition: PyTree, rng: jax.Array) -> PyTree:
+        """The condition with some rows replaced by null ones."""
+        batch = len(jax.tree.leaves(condition)[0])
+        drop = jax.random.bernoulli(rng, self.class_dropout, (batch,))
+        return jax.tree.map(
+            lambda null, said: jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), null, said),
+            self._null(condition),
+            condition,
+        )
+
+    def _inputs(self, x: jax.Array, t: jax.Array, condition: PyTree) -> tuple[PyTree, ...]:
+        """What the network is called with."""
+        return x, t, condition
+
+    @property
+    def _is_conditional(self) -> bool:
+        return self.num_classes > 0
+
     def _check_guidance(self, guidance: float) -> None:
-        if guidance != 1 and not (self.class_dropout and self.num_classes):
+        if guidance != 1 and not (self.class_dropout and self._is_conditional):
             raise InputError(
                 f"guidance is {guidance}, but the network has not learned to do without the class; "
                 "set class_dropout above 0 (0.1, say) and train, or set guidance to 1"
             )
+
+    def _check_process(self) -> None:
+        """A preconditioned network knows the process too."""
+        other, t = getattr(self.network, "process", self.process), jnp.linspace(0.1, 0.9, 3)
+        is_same = other.prediction == self.process.prediction and all(
+            np.allclose(getattr(other, name)(t), getattr(self.process, name)(t))
+            for name in ("alpha", "sigma")
+        )
+        if not is_same:
+            raise InputError(
+                f"process is {self.process}, but that of the network is {other}; they must be equal"
+            )
+
+
+@dataclass(frozen=True)
+class LearnedVariance(Diffusion):
+    """Improved DDPM: the network also learns the variances of the steps back.
+
+    A. Nichol, P. Dhariwal, https://arxiv.org/abs/2102.09672, section 3.1. The network gives
+    [b, h, w, 2 c] (see `cvjax.diffusion.learned_variance`). The loss is L_hybrid, `simple_weight`
+    times the (weighted) squared error plus `bound_weight` times the variational bound in nats for
+    a pixel; in the bound no gradient reaches the mean, unless it is all (L_vlb: `simple_weight` 0,
+    `bound_weight` 1). The sampler that uses the variances is `learned_variance.ddpm_learned`;
+    others leave them out.
+
+    Attributes:
+      simple_weight, bound_weight: see above.
+      bound_steps: of the process of which it is the bound.
+    """
+
+    simple_weight: float = 1.0
+    bound_weight: float = 1e-3
+    bound_steps: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("simple_weight", "bound_weight"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field} is {getattr(self, field)}; it cannot be negative")
+        if self.bound_steps < 1:
+            raise InputError(f"bound_steps is {self.bound_steps}; it must be at least 1")
+
+    def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
+        """As of `Diffusion`, with the variances for the sampler that uses them."""
+        both = super().denoiser(params, condition, guidance)
+        if getattr(self.sampler, "func", self.sampler) is ddpm_learned:
+            return both
+        return lambda x, t: jnp.split(both(x, t), 2, axis=-1)[0]
+
+    def _errors(
+        self,
+        params: Params,
+        image: jax.Array,
+        condition: PyTree,
+        offset: jax.Array | float,
+        eps: jax.Array,
+    ) -> jax.Array:
+        process, steps = self.process, self.bound_steps
+        index = jnp.clip(jnp.ceil(self._times(len(image), offset) * steps), 1, steps)
+        t, s = index / steps, (index - 1) / steps
+        x = perturb(process, image, eps, t)
+        prediction, v = jnp.split(self._predict(params, x, t, condition), 2, axis=-1)
+        target = combine(process, process.prediction, image, eps, t)
+        errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
+        if self.weighting is not None:
+            errors *= of_prediction(self.weighting, process, t)
+        of_mean = jax.lax.stop_gradient(prediction) if self.simple_weight else prediction
+        bound = variational_bound(process, of_mean, (v + 1) / 2, image, x, t, s)
+        return self.simple_weight * errors + self.bound_weight * steps * bound

@@ -37,3 +37,30 @@ class SelfAttention(nn.Module):
         init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         x = x.reshape(*x.shape[:2], channels)
         return nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="output")(x)
+
+
+class CrossAttention(nn.Module):
+    """Every token looks at every word of another sequence, [b, n, c] and [b, m, d] -> [b, n, c].
+
+    Attributes: as of `SelfAttention`.
+    """
+
+    heads: int
+    zero_init: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
+        """Applies the layer."""
+        channels = x.shape[-1]
+        if channels % self.heads:
+            raise InputError(
+                f"attention: {channels} channels do not divide into {self.heads} heads"
+            )
+        split = lambda y: y.reshape(*y.shape[:2], -1, channels // self.heads)  # noqa: E731
+        query = split(nn.Dense(channels, dtype=self.dtype, name="query")(x))
+        both = nn.Dense(2 * channels, dtype=self.dtype, name="key_value")(words)
+        key, value = map(split, jnp.split(both, 2, axis=-1))
+        x = jax.nn.dot_product_attention(query, key, value).reshape(*x.shape[:2], channels)
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        return nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="output")(x)

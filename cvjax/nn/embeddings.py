@@ -24,15 +24,17 @@ class TimeEmbedding(nn.Module):
     Attributes:
       features: of the hidden layer and of the output; even.
       dtype: of the computation; the sinusoids and the parameters are float32.
+      sinusoids: how many; even. None for as many as `features`.
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
+    sinusoids: int | None = None
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         """Embeds times in [0, 1]."""
-        x = sinusoidal(t, self.features).astype(self.dtype)
+        x = sinusoidal(t, self.sinusoids or self.features).astype(self.dtype)
         x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="hidden")(x))
         return nn.Dense(self.features, dtype=self.dtype, name="output")(x)
 

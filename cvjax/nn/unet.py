@@ -1,4 +1,4 @@
-"""The U-Net of diffusion models: an image, a time and a class to an image.
+"""The U-Net of diffusion models: an image, a time and a class or caption to an image.
 
 J. Ho et al.: Denoising Diffusion Probabilistic Models (https://arxiv.org/abs/2006.11239), appendix
 B, with the adaptive group normalization of P. Dhariwal, A. Nichol: Diffusion Models Beat GANs on
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
-from cvjax.nn.attention import SelfAttention
+from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 
 GROUPS = 8  # of channels, each normalized together: at most so many
@@ -71,6 +71,8 @@ class Block(nn.Module):
 class AttentionBlock(nn.Module):
     """A residual block in which every place of a map [b, h, w, c] looks at every other.
 
+    Where there are words, [b, m, d], every place then looks at these, in a second residual block.
+
     Attributes:
       head_features: channels of one head.
       dtype: of the computation; parameters are float32.
@@ -80,12 +82,17 @@ class AttentionBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, words: jax.Array | None = None) -> jax.Array:
         """Keeps the shape."""
         channels = x.shape[-1]
         heads = max(1, channels // self.head_features)
         tokens = _norm(x, self.dtype, "norm").reshape(x.shape[0], -1, channels)
         y = SelfAttention(heads, zero_init=True, dtype=self.dtype, name="attention")(tokens)
+        x = x + y.reshape(x.shape)
+        if words is None:
+            return x
+        tokens = _norm(x, self.dtype, "words_norm").reshape(x.shape[0], -1, channels)
+        y = CrossAttention(heads, zero_init=True, dtype=self.dtype, name="words")(tokens, words)
         return x + y.reshape(x.shape)
 
 
@@ -107,6 +114,10 @@ class UNet(nn.Module):
       patch: work on squares of `patch` x `patch` pixels, stacked as channels, instead of on
         pixels: with 2 the maps are half as high and wide and the network costs a quarter.
       embedding: length of the embedding of time and class; None for 4 * width.
+      text: a module that makes (a vector, one for each word) of captions, in place of classes:
+        `cvjax.nn.text_encoder.TextEncoder`. The vector joins the embedding of the time; where there
+        is self-attention, each place also looks at the words.
+      out_channels: None for as many as the input has.
       dtype: of the computation; parameters and the output are float32.
       remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
@@ -119,6 +130,8 @@ class UNet(nn.Module):
     head_features: int = 32
     patch: int = 1
     embedding: int | None = None
+    text: nn.Module | None = None
+    out_channels: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -140,12 +153,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
-        """Maps images [b, h, w, c] to float32 images of the same shape.
+        """Maps images [b, h, w, c] to float32 images of the same size.
 
         Args:
           x: noisy images, about unit variance.
           t: float32 [b] in [0, 1].
-          label: int32 [b] in 0..num_classes.
+          label: int32 [b] in 0..num_classes, or with `text` the tokens of captions.
         """
         height, width, channels = x.shape[1:]
         if height % self.patch or width % self.patch:
@@ -155,7 +168,13 @@ class UNet(nn.Module):
             )
         embedding = self.embedding or 4 * self.width
         condition = TimeEmbedding(embedding, self.dtype, name="time")(t)
-        condition += ClassEmbedding(self.num_classes, embedding, self.dtype, name="class")(label)
+        words = None
+        if self.text is None:
+            embed = ClassEmbedding(self.num_classes, embedding, self.dtype, name="class")
+            condition += embed(label)
+        else:
+            vector, words = self.text(label)
+            condition += nn.Dense(embedding, dtype=self.dtype, name="caption")(vector)
         condition = nn.silu(condition)
         make_block = nn.remat(Block) if self.remat else Block
         make_attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
@@ -169,7 +188,8 @@ class UNet(nn.Module):
         def attention(x: jax.Array, level: int, name: str) -> jax.Array:
             if level not in self.attention:
                 return x
-            return make_attention(self.head_features, self.dtype, name=f"{name}_attention")(x)
+            attend = make_attention(self.head_features, self.dtype, name=f"{name}_attention")
+            return attend(x, words)
 
         x = space_to_depth(x, self.patch).astype(self.dtype)
         x = nn.Conv(features[0], (3, 3), dtype=self.dtype, name="stem")(x)
@@ -199,8 +219,6 @@ class UNet(nn.Module):
                 x = attention(x, level, name)
 
         x = nn.silu(_norm(x, self.dtype, "head_norm"))
-        x = nn.Conv(
-            self.patch**2 * channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype,
-            name="head",
-        )(x)  # fmt: skip
+        outputs, zeros = self.patch**2 * (self.out_channels or channels), nn.initializers.zeros
+        x = nn.Conv(outputs, (3, 3), kernel_init=zeros, dtype=self.dtype, name="head")(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)

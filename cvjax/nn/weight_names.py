@@ -267,6 +267,12 @@ _EFFICIENTNET_PYTORCH = (
     ("_fc", "head"),
 )
 
+_INCEPTION = (
+    (r"Conv2d_(\w+)\.(conv|bn)", r"conv2d_\1/\2"),
+    (r"Mixed_(\w+)\.(\w+)\.(conv|bn)", r"mixed_\1/\2/\3"),
+    ("fc", "head"),
+)
+
 
 def _shortcuts(first: int) -> tuple[tuple[str, str], ...]:
     """The convolution of a ResNet's shortcut is the first or, after a mean, the second layer."""
@@ -340,6 +346,7 @@ NAMINGS = (
     Naming("EfficientNet-PyTorch's EfficientNet", _EFFICIENTNET_PYTORCH),
     Naming("timm's MobileNetV3", _MOBILENET_TIMM, _regular_timm),
     Naming("torchvision's MobileNetV3", _MOBILENET_TORCHVISION, _regular_torchvision),
+    Naming("torchvision's or pytorch-fid's Inception v3", _INCEPTION),
     Naming("timm's vision transformer", transformers.VIT_TIMM),
     Naming("torchvision's vision transformer", transformers.VIT_TORCHVISION),
     Naming("Hugging Face's vision transformer", transformers.VIT_HF),

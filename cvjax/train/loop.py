@@ -137,7 +137,7 @@ def fit(
         **{name: value for name, value in (loader or {}).items() if name != "eval_transforms"},
     )  # fmt: skip
     eval_loader = eval_loader_of(eval_data, batch_size, loader) if eval_data is not None else None
-    example = _example(data, batch_size, loader)
+    example = _example(task, data, batch_size, loader)
 
     rng = jax.random.key(seed)
     make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
@@ -276,7 +276,7 @@ def load_state(
     """
     _use_compilation_cache()
     mesh, rng = sharding.data_mesh(), jax.random.key(seed)
-    example = _example(data, batch_size, loader)
+    example = _example(task, data, batch_size, loader)
     make_state, _, _ = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
@@ -307,10 +307,14 @@ def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainSta
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
 
 
-def _example(data: Any, batch_size: int, loader: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """A batch of zeros of the right shapes."""
+def _example(
+    task: Task, data: Any, batch_size: int, loader: Mapping[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """A batch of zeros of the right shapes; a task with a `check` may refuse the real one."""
     transforms = (loader or {}).get("transforms", ())
     batch = next(Loader(data, batch_size, transforms=transforms).iterate())
+    if hasattr(task, "check"):
+        task.check(batch)
     return jax.tree.map(np.zeros_like, batch)
 
 

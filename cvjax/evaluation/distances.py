@@ -91,6 +91,20 @@ def classifier_score(probabilities: ArrayLike) -> float:
     return float(np.exp((p * np.log(ratio)).sum(1).mean()))
 
 
+def nearest_distances(real: ArrayLike, fake: ArrayLike) -> Array:
+    """Returns the Euclidean distance [n] of each fake [n, d] to the nearest real example [m, d].
+
+    Of pixels it shows memorization: fakes nearer to the training examples than other real ones are.
+    Raises InputError for an empty set.
+    """
+    real, fake = _pair(real, fake, 1)
+    square, found = np.sum(real**2, axis=1), []
+    for part in np.array_split(fake, -(-len(fake) // 256)):  # [256, m] at a time
+        distance = square + np.sum(part**2, axis=1)[:, None] - 2 * part @ real.T
+        found.append(distance.min(1).clip(0))
+    return np.sqrt(np.concatenate(found))
+
+
 def _pair(real: ArrayLike, fake: ArrayLike, least: int) -> tuple[Array, Array]:
     real, fake = (np.asarray(x, np.float64) for x in (real, fake))
     for name, x in (("real", real), ("fake", fake)):

@@ -1,0 +1,89 @@
+"""Score-based generation by a stochastic differential equation, on 4,000 real MNIST digits.
+
+A preconditioned network learns to take away noise of every level (EDM, Karras et al. 2022,
+arXiv:2206.00364), which is to know the score of the noisy digits; the SDE of Song et al. 2021
+(arXiv:2011.13456), run back in time by Heun's method with churn, makes digits of noise.
+
+    python main.py --config=configs/score_sde.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(tiny: bool = False) -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2000
+    config.batch_size = 32
+    config.parallel = "jit"
+    config.log_every = 100
+    config.evaluate_every = 500
+
+    config.data = dict(
+        train=dict(type="data.sources.digits.Digits", split="train"),
+        test=dict(type="data.sources.digits.Digits", split="test"),
+        transforms=dict(),
+        threads=0,
+        processes=0,
+    )
+    # The pixels of a digit in [-1, 1] have a standard deviation of 0.6.
+    process = dict(
+        type="diffusion.process.EDM",
+        sigma_min=0.02,
+        sigma_max=40.0,
+        mean=-0.4,
+        std=1.2,
+        prediction="x0",
+    )
+    config.task = dict(
+        type="diffusion.task.Diffusion",
+        network=dict(
+            type="diffusion.preconditioning.Preconditioned",
+            network=dict(
+                type="nn.unet.UNet",
+                num_classes=10,
+                width=32,
+                multipliers=(1, 2),
+                blocks=1,
+                attention=(1,),
+                patch=2,
+                dtype="float32",
+                remat=False,
+            ),
+            process=process,
+            sigma_data=0.6,
+        ),
+        process=process,
+        weighting=dict(type="diffusion.losses.edm", sigma_data=0.6),
+        num_classes=10,
+        image_shape=(28, 28, 1),
+        class_dropout=0.05,
+        guidance=1.0,
+        sampler=dict(
+            type="diffusion.samplers.heun",
+            times=dict(type="diffusion.grids.karras", rho=7.0),
+            s_churn=10.0,
+        ),
+        sample_steps=25,
+    )
+    config.optimizer = dict(
+        type="train.optimizer.Optimizer",
+        transform=dict(
+            type="optax.contrib.muon",
+            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+        ),
+        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=1e-2),
+        warmup_steps=50,
+        clip_norm=1.0,
+        accumulate=1,
+    )
+    config.ema = dict(network=dict(type="train.step.warmed_up_decay", decay=0.998))
+
+    if tiny:
+        config.steps, config.batch_size = 4, 16
+        config.log_every = config.evaluate_every = 2
+        config.task.network.network.update(width=8)
+        config.task.sample_steps = 2
+        config.task.sampler.s_churn = 0.0
+        config.optimizer.update(transform=dict(type="optax.adam"), warmup_steps=1)
+    return config

@@ -1,0 +1,124 @@
+"""The variances of the steps back, learned: the bound of improved DDPM, and the sampler with them.
+
+A. Nichol, P. Dhariwal, https://arxiv.org/abs/2102.09672, section 3.1. The network has twice the
+channels: what `process.prediction` names, and v in [-1, 1], which means (v + 1) / 2 of the way from
+the least to the most log variance. Time goes in steps, from t to s.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cvjax.diffusion import grids
+from cvjax.diffusion.process import Process, log_snr, split
+from cvjax.diffusion.samplers.integration import (
+    Denoise,
+    Shape,
+    begin,
+    integrate,
+    like,
+    normal,
+    time_steps,
+)
+
+
+def log_variances(process: Process, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least and the most log variance [b] that a step from time t to s < t can have.
+
+    That of p(x_s | x_t, x_0), beta~, and that of p(x_t | x_s), beta: equation 15 of the paper. For
+    any process beta = sigma_t^2 share and beta~ = sigma_s^2 share with share = 1 - SNR_t / SNR_s.
+    """
+    log_share = jnp.log(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
+    return tuple(2 * jnp.log(process.sigma(at)) + log_share for at in (s, t))
+
+
+def posterior(
+    process: Process, x0: jax.Array, x: jax.Array, t: jax.Array, s: jax.Array
+) -> jax.Array:
+    """The mean of p(x_s | x_t, x_0), s < t; its log variance is the first of `log_variances`.
+
+    (alpha_s share) x_0 + (alpha_t sigma_s^2 / (alpha_s sigma_t^2)) x_t, where share is
+    1 - SNR_t / SNR_s (J. Ho et al., equation 7).
+    """
+    log_kept = log_snr(process, t) - log_snr(process, s)
+    of_x0 = process.alpha(s) * -jnp.expm1(log_kept)
+    of_x = process.alpha(s) / process.alpha(t) * jnp.exp(log_kept)
+    return like(of_x0, x) * x0 + like(of_x, x) * x
+
+
+def variational_bound(
+    process: Process,
+    prediction: jax.Array,
+    fraction: jax.Array,
+    x0: jax.Array,
+    x: jax.Array,
+    t: jax.Array,
+    s: jax.Array,
+    levels: int = 256,
+) -> jax.Array:
+    """One term of the variational bound, nats for a pixel, mean over an image: float32 [b].
+
+    A. Nichol, P. Dhariwal, https://arxiv.org/abs/2102.09672, equations 4 to 7 and 15: the KL
+    divergence from p(x_s | x_t, x_0) to N(mean of the prediction, exp(log variance)). Where s is 0
+    it is -log p(x_0 | x_t) of grey levels instead: the normal's mass in x_0's bin. T times the
+    mean over the T steps, and the small KL of x_1 from noise, is the whole bound.
+
+    Args:
+      process: says what the prediction is.
+      prediction: [b, ...], of the network at x and t.
+      fraction: [b, ...], in [0, 1] between the least and the most log variance; a network that
+        gives v in [-1, 1] means (v + 1) / 2.
+      x0: images in [-1, 1].
+      x: x_t.
+      t, s: [b], s < t.
+      levels: of grey; those at both ends take in all that is beyond.
+    """
+    guess, _ = split(process, process.prediction, prediction, x, t)
+    mean, true_mean = (posterior(process, start, x, t, s) for start in (guess, x0))
+    least, most = (like(value, x) for value in log_variances(process, t, s))
+    log_variance = least + fraction * (most - least)
+    kl = -1 + log_variance - least + jnp.exp(least - log_variance)
+    kl = (kl + (true_mean - mean) ** 2 * jnp.exp(-log_variance)) / 2
+    decoded = -log_probability_of_level(x0, mean, log_variance, levels)
+    terms = jnp.where(like(s, x) <= 0, decoded, kl)
+    return jnp.mean(terms, axis=range(1, x.ndim))
+
+
+def log_probability_of_level(
+    x: jax.Array, mean: jax.Array, log_variance: jax.Array, levels: int = 256
+) -> jax.Array:
+    """log of the normal's mass within half a level of x in [-1, 1]; J. Ho et al., equation 13."""
+    half, deviation = 1 / (levels - 1), jnp.exp(log_variance / 2)
+    upper, lower = ((x + sign * half - mean) / deviation for sign in (1, -1))
+    log_cdf = jax.scipy.special.log_ndtr
+    # The difference of two tails is taken on the side where they are small.
+    flip = lower > 0
+    low, high = jnp.where(flip, -upper, lower), jnp.where(flip, -lower, upper)
+    between = log_cdf(high) + jnp.log(-jnp.expm1(jnp.minimum(log_cdf(low) - log_cdf(high), -1e-6)))
+    is_first, is_last = x < -1 + half, x > 1 - half
+    return jnp.where(is_first, log_cdf(upper), jnp.where(is_last, log_cdf(-lower), between))
+
+
+def ddpm_learned(
+    denoise: Denoise,
+    process: Process,
+    keys: jax.Array,
+    shape: Shape,
+    steps: int,
+    *,
+    times: grids.TimeGrid = grids.uniform,
+) -> jax.Array:
+    """Ancestral sampling with the network's variances; a sampler as in `cvjax.diffusion.samplers`.
+
+    `denoise` gives [b, h, w, 2 c]. The last step adds no noise.
+    """
+
+    def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+        prediction, v = jnp.split(denoise(x, t), 2, axis=-1)
+        x0, _ = split(process, process.prediction, prediction, x, t)
+        least, most = (like(value, x) for value in log_variances(process, t, s))
+        deviation = jnp.exp((least + (v + 1) / 2 * (most - least)) / 2)
+        mean = posterior(process, x0, x, t, s)
+        return mean + (index < steps - 1) * deviation * normal(keys, shape, index)
+
+    grid = time_steps(times, process, steps)
+    return integrate(step, begin(process, keys, shape), grid, len(keys))

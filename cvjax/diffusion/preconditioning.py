@@ -1,0 +1,58 @@
+"""A network whose input, output and target have unit variance at every level of noise."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cvjax.diffusion.process import Process
+from cvjax.errors import InputError
+
+
+class Preconditioned(nn.Module):
+    """D(x) = c_skip x + c_out F(c_in x, c_noise): predicts x_0, whatever the network F knows.
+
+    T. Karras et al., https://arxiv.org/abs/2206.00364, equation 7 and table 1, for any process:
+    x_t / alpha = x_0 + s eps is their noisy image, s = sigma / alpha their sigma. F starts at zero,
+    so that D starts as the best linear guess. With the weighting `losses.edm` the loss of F is 1.
+
+    Attributes:
+      network: F, `__call__(x, t, condition)`; instead of t it is given c_noise = ln(s) / 4.
+      process: that of the task, with prediction "x0".
+      sigma_data: the standard deviation of the images in [-1, 1], over all pixels.
+    """
+
+    network: nn.Module
+    process: Process
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        if self.sigma_data <= 0:
+            raise InputError(f"Preconditioned: sigma_data is {self.sigma_data}; it must be above 0")
+        if self.process.prediction != "x0":
+            raise InputError(
+                f"Preconditioned: prediction is {self.process.prediction!r}; a preconditioned "
+                "network predicts 'x0'"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Maps x_t [b, h, w, c], t [b] and what the network takes besides to x_0, [b, h, w, c]."""
+        alpha = self.process.alpha(t)
+        c_skip, c_out, c_in, c_noise = coefficients(self.process.sigma(t) / alpha, self.sigma_data)
+        x = _like(1 / alpha, x) * x
+        y = self.network(_like(c_in, x) * x, c_noise, condition)
+        return _like(c_skip, x) * x + _like(c_out, x) * y
+
+
+def coefficients(
+    sigma: jax.Array, sigma_data: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """c_skip, c_out, c_in and c_noise of T. Karras et al., table 1, column "ours"."""
+    total = jnp.sqrt(sigma**2 + sigma_data**2)
+    return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4
+
+
+def _like(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))

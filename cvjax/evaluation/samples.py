@@ -1,0 +1,175 @@
+"""An evaluator of generated images: how near to real ones, how varied, whether they are copies."""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cvjax.errors import InputError
+from cvjax.evaluation.distances import (
+    classifier_score,
+    frechet_distance,
+    kernel_distance,
+    nearest_distances,
+    precision_recall_density_coverage,
+)
+from cvjax.evaluation.extractor import Extractor, unit
+
+
+class Real(NamedTuple):
+    """Real images with what the extractor makes of them: [n, h, w, c], [n, d], [n, classes]."""
+
+    images: np.ndarray
+    features: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray | None
+
+
+class SampleQuality:
+    """Scores generated images against real ones, and other real images beside them.
+
+    `fit` and `evaluate` hand it what `task.predict` gives. Every figure comes twice: that of the
+    samples, and with `_real` behind its name that of held-out real images in their place: what is
+    within reach. `score` gives, for an extractor called "digits":
+
+      FD-digits: the Frechet distance to the training images. A classifier's features have no scale
+        of their own; they are divided by one number, so that the variance of a feature is 1 in the
+        mean over all (those of Inception are as they are). The distance depends on the number of
+        images: the first n held-out ones stand beside n samples (`count_real`: all that there are,
+        if fewer).
+      KD-digits: the kernel distance, unbiased; precision, recall, density, coverage.
+      score: `classifier_score`; with Inception, the three are FID, KID and IS.
+      agreement: the share of images that are taken for what they should be, given the labels.
+      classes: how many classes images are taken for.
+      nearest: the median distance of an image's pixels in [0, 1] to the nearest training image.
+        Copies are nearer than `nearest_real`.
+
+    Args:
+      extractor: whose features.
+      train: the source of the images that the generator was trained on.
+      held_out: the source of real images that it was not trained on.
+      cache: a folder for the features of real images, kept under a hash of all pixels and the
+        extractor; None keeps nothing.
+      output: what `task.predict` calls the images.
+      neighbours: k of precision, recall, density and coverage.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        train: Any,
+        held_out: Any,
+        cache: str | os.PathLike | None = None,
+        output: str = "sample",
+        neighbours: int = 5,
+    ):
+        self.extractor, self.output, self.neighbours = extractor, output, neighbours
+        self.train = real_features(extractor, train, cache)
+        self.held_out = real_features(extractor, held_out, cache)
+        variance = self.train.features.astype(np.float64).var(axis=0).mean()
+        self.scale = 1.0 if extractor.is_fid else float(np.sqrt(variance))
+        if not self.scale > 0:
+            raise InputError(f"features {extractor.name!r} are the same for all real images")
+        self.floors: dict[int, dict[str, float]] = {}
+        self.images: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+
+    def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
+        """Takes a batch's images, and the labels that they were made for where there are."""
+        if self.output not in outputs:
+            raise InputError(
+                f"the task predicts {', '.join(outputs)}; output={self.output!r} is not among them"
+            )
+        self.images.append(np.asarray(outputs[self.output])[batch["valid"]])
+        if "label" in outputs:
+            self.labels.append(np.asarray(outputs["label"])[batch["valid"]])
+
+    def result(self) -> dict[str, float]:
+        """The scores of all that was added."""
+        labels = np.concatenate(self.labels) if self.labels else None
+        return self.score(np.concatenate(self.images), labels)
+
+    def score(self, images: ArrayLike, labels: ArrayLike | None = None) -> dict[str, float]:
+        """The scores of images [n, h, w, c], uint8 or float in [0, 1], and of real ones.
+
+        `labels` int [n]: what the images were asked to be.
+
+        Raises:
+          InputError: fewer than `neighbours` + 1 images, or images of another shape than real ones.
+        """
+        images = unit(images)
+        shape = self.train.images.shape[1:]
+        if images.shape[1:] != shape:
+            raise InputError(
+                f"images are {list(images.shape[1:])}, real ones {list(shape)}; they must be equal"
+            )
+        features, probabilities = self.extractor(images)
+        found = self._compare(Real(images, features, probabilities, labels))
+        if len(images) not in self.floors:
+            real = Real(*(None if x is None else x[: len(images)] for x in self.held_out))
+            self.floors[len(images)] = self._compare(real)
+        floor = self.floors[len(images)]
+        return found | {f"{name}_real": floor[name] for name in found if name in floor}
+
+    def _compare(self, some: Real) -> dict[str, float]:
+        fid, name, train = self.extractor.is_fid, self.extractor.name, self.train
+        features = train.features / self.scale, some.features / self.scale
+        flat = lambda images: unit(images).reshape(len(images), -1)  # noqa: E731
+        found = {
+            "count": float(len(some.images)),
+            "FID" if fid else f"FD-{name}": frechet_distance(*features),
+            "KID" if fid else f"KD-{name}": kernel_distance(*features),
+            **precision_recall_density_coverage(*features, self.neighbours),
+            "IS" if fid else "score": classifier_score(some.probabilities),
+            "classes": float(len(np.unique(some.probabilities.argmax(1)))),
+            "nearest": float(np.median(nearest_distances(flat(train.images), flat(some.images)))),
+        }
+        if some.labels is not None:
+            found["agreement"] = float(np.mean(some.probabilities.argmax(1) == some.labels))
+        return found
+
+
+def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | None) -> Real:
+    """The images of a source, uint8 [n, h, w, c], and their features, from the cache if there.
+
+    The file's name is a hash of every pixel and of the extractor. It is written under another name
+    first, and one that cannot be read is made anew.
+    """
+    records = [source[i] for i in range(len(source))]
+    shapes = {np.shape(record["image"]) for record in records}
+    if len(shapes) != 1:
+        raise InputError(
+            f"real images have {len(shapes)} shapes; all must have one (set image_size of a folder)"
+        )
+    images = np.stack([record["image"] for record in records])
+    labels = np.stack([record["label"] for record in records]) if "label" in records[0] else None
+    if cache is None:
+        return Real(images, *extractor(images), labels)
+    digest = hashlib.sha256(extractor.fingerprint().encode())
+    digest.update(f"{images.dtype} {images.shape}".encode())
+    digest.update(images.tobytes())
+    path = Path(cache) / f"{extractor.name}-{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return Real(images, saved["features"], saved["probabilities"], labels)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        path.unlink()
+    features, probabilities = extractor(images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
+    try:
+        with file:
+            np.savez(file, features=features, probabilities=probabilities)
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+    return Real(images, features, probabilities, labels)

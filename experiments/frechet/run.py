@@ -1,0 +1,147 @@
+"""How near are generated images to real ones?
+
+    python experiments/frechet/run.py --workdir=runs/conditional_gan
+    python experiments/frechet/run.py --workdir=runs/diffusion --config.task.guidance=1.0
+    python experiments/frechet/run.py --images=folder
+    python experiments/frechet/run.py --images=folder --train=photos/train --held_out=photos/test \\
+        --inception=pt_inception-2015-12-05.pth
+
+scores the samples of a trained generator, one for each held-out example, or the images in a folder
+(flat, or with a sub-folder for each class), beside held-out real images in their place. The
+features are those of the judge (configs/classification.py, another seed), which is trained in
+runs/judge if it is not there, or those of the Inception network with weights of your own.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import main
+from cvjax import config as configs
+from cvjax import draw
+from cvjax.build import build
+from cvjax.data.sources.digits import Digits
+from cvjax.data.sources.folder import Folder
+from cvjax.errors import InputError
+from cvjax.evaluation.extractor import Extractor
+from cvjax.evaluation.samples import SampleQuality
+from cvjax.nn.inception import InceptionV3
+from cvjax.nn.pretrained import load_pretrained
+from cvjax.train.loop import evaluate, load_state
+from cvjax.train.restore import load_params
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "runs"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def judge(workdir: Path = RUNS / "judge", seed: int = 100) -> Extractor:
+    """The features "digits": those of the classifier in `workdir`, trained there if need be."""
+    if not (workdir / "config.json").exists():
+        recipe = f"--config={ROOT}/configs/classification.py"
+        if main.main([recipe, f"--workdir={workdir}", f"--config.seed={seed}"]):
+            raise InputError(f"the judge in {workdir} was not trained to its end")
+    task = build(configs.buildable(configs.load_json(workdir / "config.json")))["task"]
+    return Extractor(
+        "digits", task.model, functools.partial(load_params, path=workdir), mean=task.mean,
+        std=task.std,
+    )  # fmt: skip
+
+
+def inception(weights: Path) -> Extractor:
+    """The features of the FID, with a user's file of weights (see `cvjax.nn.inception`)."""
+    initialize = functools.partial(load_pretrained, path=weights)
+    return Extractor("inception", InceptionV3(), initialize, image_shape=(299, 299, 3))
+
+
+def run_of(workdir: Path, changes: list[tuple[str, str]]):
+    """The task of a work directory, its newest state, and its data, with changes to its config."""
+    config = configs.override(configs.load_json(workdir / "config.json"), changes)
+    built = build(configs.buildable(config))
+    data = built["data"]
+    state = load_state(
+        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
+        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
+    )  # fmt: skip
+    return built["task"], state, data["train"], data["test"]
+
+
+def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """uint8 [n, h, w, channels], and the labels where the images are in folders of classes."""
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
+    if files:
+        opened = [Image.open(file).convert({1: "L", 3: "RGB"}[channels]) for file in files]
+        images, labels = [np.asarray(image) for image in opened], None
+    else:
+        source = Folder(folder, channels=channels)
+        records = [source[i] for i in range(len(source))]
+        images = [record["image"] for record in records]
+        labels = np.array([record["label"] for record in records])
+    if len({image.shape for image in images}) != 1:
+        raise InputError(f"the images in {folder} must all have one size")
+    return np.stack(images).reshape(len(images), *images[0].shape[:2], channels), labels
+
+
+def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str, float]:
+    """The scores, and the samples as a picture beside the run's others."""
+    if (flags.workdir is None) == (flags.images is None):
+        raise InputError("give either --workdir or --images")
+    if flags.workdir is not None:
+        task, state, train, held_out = run_of(flags.workdir, changes)
+    else:
+        train, held_out = Digits("train"), Digits("test")
+    if flags.train is not None:
+        train, held_out = (Folder(path, image_size=299) for path in (flags.train, flags.held_out))
+    extractor = inception(flags.inception) if flags.inception else judge(flags.judge)
+    quality = SampleQuality(extractor, train, held_out, cache=flags.cache)
+    if flags.images is not None:
+        return quality.score(*images_in(flags.images, quality.train.images.shape[-1]))
+    found, pictures = evaluate(
+        task, state, held_out, batch_size=100, evaluators={"quality": quality}, seed=flags.seed
+    )
+    draw.save_png(flags.workdir / "samples.png", pictures["samples"])
+    return {
+        name.removeprefix("quality/"): value
+        for name, value in found.items()
+        if name.startswith("quality/")
+    }
+
+
+def main_of(arguments: list[str]) -> dict[str, float]:
+    """Parses the flags and prints a table: samples, and real images in their place."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, help="of a generator")
+    parser.add_argument("--images", type=Path, help="a folder of images, in place of a generator")
+    parser.add_argument("--train", type=Path, help="a folder of real images, with classes")
+    parser.add_argument("--held_out", type=Path, help="a folder of other real images")
+    parser.add_argument("--inception", type=Path, help="weights of the Inception network")
+    parser.add_argument("--judge", type=Path, default=RUNS / "judge")
+    parser.add_argument("--cache", type=Path, default=RUNS / "features")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples")
+    flags, others = parser.parse_known_args(arguments)
+    changes = [tuple(other.removeprefix("--config.").split("=", 1)) for other in others]
+    found = score(flags, changes)
+    width = max(map(len, found))
+    print(f"{'':{width}}  samples     real")
+    for name, value in found.items():
+        if not name.endswith("_real"):
+            print(f"{name:{width}}  {value:7.4g}  {found.get(f'{name}_real', np.nan):7.4g}")
+    if flags.workdir:
+        (flags.workdir / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main_of(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")
