@@ -14,7 +14,7 @@ def clipped(
     learning_rate: optax.ScalarOrSchedule,
     limit: float = 0.01,
 ) -> optax.GradientTransformation:
-    """An optimizer that leaves all parameters in [-limit, limit] (but for rounding) after an update.
+    """An optimizer that leaves all parameters in [-limit, limit], but for rounding.
 
     M. Arjovsky et al., https://arxiv.org/abs/1701.07875, algorithm 1, there with RMSProp. In a
     config, as the `transform` of an `Optimizer`:
