@@ -29,11 +29,15 @@ class ConditionalBatchNorm(nn.Module):
         return x * scale[label][:, None, None] + shift[label][:, None, None]
 
 
+_UNIT = nn.initializers.normal(1.0)  # as the latents, so that neither drowns the other
+
+
 class Generator(nn.Module):
     """Latents [b, d] and labels [b] to images of `shape` in [0, 1].
 
     A. Radford et al., https://arxiv.org/abs/1511.06434, with a convolution and depth-to-space in
-    place of each transposed convolution, which is slow on a CPU. Each width doubles the size.
+    place of each transposed convolution, which is slow on a CPU. Each width doubles the size. The
+    class enters beside the latents, as a learned vector as long, and in every norm.
     """
 
     shape: tuple[int, int, int] = (28, 28, 1)
@@ -49,6 +53,10 @@ class Generator(nn.Module):
             raise InputError(
                 f"Generator: {height} x {width} images; {len(self.widths)} widths need multiples "
                 f"of {scale}"
+            )
+        if self.num_classes:
+            z = jnp.concatenate(
+                [z, nn.Embed(self.num_classes, z.shape[-1], embedding_init=_UNIT)(label)], axis=-1
             )
         x = nn.Dense(height // scale * (width // scale) * self.widths[0])(z)
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
