@@ -14,8 +14,10 @@ def diff_augment(
     translation: float = 0.125,
     cutout: float = 0.0,
     brightness: float = 0.0,
+    saturation: float = 0.0,
+    contrast: float = 0.0,
 ) -> jax.Array:
-    """Moves, cuts and brightens images [b, h, w, c], each its own way.
+    """Moves, cuts and tints images [b, h, w, c], each its own way.
 
     Args:
       image: any range; what comes in from outside is 0.
@@ -23,12 +25,18 @@ def diff_augment(
       translation: the largest shift, as a part of height and width.
       cutout: the side of the square that is set to 0, as a part of height and width.
       brightness: the largest amount that is added to or taken from the whole image.
+      saturation, contrast: the distances of a pixel's channels from their mean, and of all pixels
+        from the mean of the image, are multiplied by a number up to so far from 1.
     """
     height, width = image.shape[1:3]
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:
         light, move, hole = jax.random.split(key, 3)
-        image = image + brightness * jax.random.uniform(light, minval=-1.0)
+        amount = jax.random.uniform(light, (3,), minval=-1.0)
+        image = image + brightness * amount[0]
+        for change, axis in ((saturation * amount[1], -1), (contrast * amount[2], None)):
+            middle = image.mean(axis, keepdims=True)
+            image = middle + (1 + change) * (image - middle)
         reach = jnp.array([round(height * translation), round(width * translation)])
         shift = jax.random.randint(move, (2,), -reach, reach + 1)
         rows, columns = jnp.arange(height) - shift[0], jnp.arange(width) - shift[1]

@@ -1,7 +1,10 @@
 """Generator and discriminator in the manner of DCGAN, with or without classes."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from cvjax.errors import InputError
 
@@ -26,11 +29,15 @@ class ConditionalBatchNorm(nn.Module):
         return x * scale[label][:, None, None] + shift[label][:, None, None]
 
 
+_UNIT = nn.initializers.normal(1.0)  # as the latents, so that neither drowns the other
+
+
 class Generator(nn.Module):
     """Latents [b, d] and labels [b] to images of `shape` in [0, 1].
 
     A. Radford et al., https://arxiv.org/abs/1511.06434, with a convolution and depth-to-space in
-    place of each transposed convolution, which is slow on a CPU. Each width doubles the size.
+    place of each transposed convolution, which is slow on a CPU. Each width doubles the size. The
+    class enters beside the latents, as a learned vector as long, and in every norm.
     """
 
     shape: tuple[int, int, int] = (28, 28, 1)
@@ -47,6 +54,10 @@ class Generator(nn.Module):
                 f"Generator: {height} x {width} images; {len(self.widths)} widths need multiples "
                 f"of {scale}"
             )
+        if self.num_classes:
+            z = jnp.concatenate(
+                [z, nn.Embed(self.num_classes, z.shape[-1], embedding_init=_UNIT)(label)], axis=-1
+            )
         x = nn.Dense(height // scale * (width // scale) * self.widths[0])(z)
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
         for size in (*self.widths[1:], self.widths[-1] // 2):
@@ -61,31 +72,76 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images [b, h, w, c] and labels [b] to logits [b]; no row sees another.
 
-    The class enters by projection (T. Miyato, M. Koyama, https://arxiv.org/abs/1802.05637): the
-    logit is w h + v_label h with the features h. Spectral normalization (T. Miyato et al.,
-    https://arxiv.org/abs/1802.05957) divides the matrix of every layer, w and v too, by its
-    largest singular value, one power iteration for each training pass.
+    With `conditioning` "projection" the class enters so (T. Miyato, M. Koyama, arXiv:1802.05637):
+    the logit is w h + v_label h with the features h. With "auxiliary" it is not told, and has to
+    name it (A. Odena et al., https://arxiv.org/abs/1610.09585): a second head gives logits
+    [b, num_classes] beside those of real or not.
+
+    Spectral normalization (T. Miyato et al., https://arxiv.org/abs/1802.05957) divides the matrix
+    of every layer, those of the heads too, by its largest singular value, one power iteration for
+    each training pass.
     """
 
     widths: tuple[int, ...] = (32, 64, 128)
     num_classes: int = 10
     spectral_norm: bool = True
+    conditioning: str = "projection"
+
+    def __post_init__(self):
+        if self.conditioning not in ("projection", "auxiliary"):
+            raise InputError(
+                f"Discriminator: conditioning is {self.conditioning!r}; it can be 'projection' or "
+                "'auxiliary'"
+            )
+        super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns float32 [b]."""
-
-        def layer(module: nn.Module, x: jax.Array) -> jax.Array:
-            if self.spectral_norm:
-                return nn.SpectralNorm(module)(x, update_stats=train)
-            return module(x)
-
+    def __call__(
+        self, x: jax.Array, label: jax.Array, *, train: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Returns float32 [b], with an auxiliary head also the logits of the classes."""
+        layer = partial(_normalized if self.spectral_norm else _plain, train=train)
         x = 2 * x - 1
         for width in self.widths:
             x = nn.leaky_relu(layer(nn.Conv(width, (4, 4), strides=2), x), 0.2)
         x = x.reshape(len(x), -1)
         logit = layer(nn.Dense(1), x)[:, 0]
-        if self.num_classes:
-            of_classes = layer(nn.Dense(self.num_classes, use_bias=False), x)
-            logit += (of_classes * jax.nn.one_hot(label, self.num_classes)).sum(-1)
-        return logit
+        if not self.num_classes:
+            return logit
+        auxiliary = self.conditioning == "auxiliary"
+        of_classes = layer(nn.Dense(self.num_classes, use_bias=auxiliary), x)
+        if auxiliary:
+            return logit, of_classes
+        return logit + jnp.sum(of_classes * jax.nn.one_hot(label, self.num_classes), axis=-1)
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [b, h, w, c] to a logit for each of many patches, [b, h', w'].
+
+    P. Isola et al., https://arxiv.org/abs/1611.07004, section 3.2.2: each width but the last halves
+    the map; with 4 widths a logit sees 70 x 70 pixels. In place of BatchNorm, which lets rows see
+    each other, there is spectral normalization. Labels are not looked at.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    spectral_norm: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, label: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """`x` in [0, 1]. Returns float32 [b, h', w']."""
+        layer = partial(_normalized if self.spectral_norm else _plain, train=train)
+        x = 2 * x - 1
+        for number, width in enumerate(self.widths, start=1):
+            stride = 1 if number == len(self.widths) else 2
+            x = nn.leaky_relu(layer(nn.Conv(width, (4, 4), strides=stride), x), 0.2)
+        return layer(nn.Conv(1, (4, 4)), x)[..., 0]
+
+
+def _plain(module: nn.Module, x: jax.Array, *, train: bool) -> jax.Array:
+    return module(x)
+
+
+def _normalized(module: nn.Module, x: jax.Array, *, train: bool) -> jax.Array:
+    return nn.SpectralNorm(module)(x, update_stats=train)

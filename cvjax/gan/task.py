@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from cvjax import draw
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
+
+KEYS = ("image", "label", "valid")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class GAN:
 
     Attributes:
       generator: `__call__(z [b, latents], label [b], train=) -> [b, h, w, c]` in [0, 1].
-      discriminator: `__call__(image, label [b], train=) -> logit [b]`.
+      discriminator: `__call__(image, label [b], train=) -> logit [b]`, or [b, ...] with a logit for
+        each of several patches; with an auxiliary head a pair with the logits of the classes.
       latents: the dimension of z, standard normal.
       num_classes: 0 ignores the labels.
       loss: one of `cvjax.gan.losses`.
-      critic_steps: steps of the discriminator for each step of the generator, on one batch.
+      critic_steps: steps of the discriminator for each step of the generator. Each has rows of its
+        own, every `critic_steps`-th of the batch.
+      auxiliary: the weight of the cross-entropy of an auxiliary head, which both players pay
+        (A. Odena et al., https://arxiv.org/abs/1610.09585).
       gradient_penalty: the weight of (|grad D| - 1)^2 between real and generated images.
       r1: gamma; gamma / 2 |grad D|^2 at real images is added.
       augment: `(image, rng) -> image`, what the discriminator sees; such as
@@ -41,6 +49,7 @@ class GAN:
     num_classes: int = 10
     loss: Loss = NonSaturating()
     critic_steps: int = 1
+    auxiliary: float = 0.0
     gradient_penalty: float = 0.0
     r1: float = 0.0
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -48,8 +57,8 @@ class GAN:
 
     def __post_init__(self):
         for name, least in (
-            ("latents", 1), ("num_classes", 0), ("critic_steps", 1), ("gradient_penalty", 0),
-            ("r1", 0), ("statistics_batch", 1),
+            ("latents", 1), ("num_classes", 0), ("critic_steps", 1), ("auxiliary", 0),
+            ("gradient_penalty", 0), ("r1", 0), ("statistics_batch", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be {least} or more")
@@ -60,12 +69,21 @@ class GAN:
                     f"num_classes is {self.num_classes}, but that of the {name} is {known}; they "
                     "must be equal"
                 )
+        has_head = getattr(self.discriminator, "conditioning", None) == "auxiliary"
+        if has_head != (self.auxiliary > 0):
+            raise InputError(
+                f"auxiliary is {self.auxiliary}, but the discriminator "
+                f"{'has an' if has_head else 'has no'} auxiliary head; set both or neither"
+            )
 
     @property
     def objectives(self) -> Sequence[Objective]:
         """The discriminator, `critic_steps` times, then the generator."""
-        critic = Objective("discriminator", self.discriminator_loss)
-        return (critic,) * self.critic_steps + (Objective("generator", self.generator_loss),)
+        critics = [
+            Objective("discriminator", partial(self.discriminator_loss, turn=turn))
+            for turn in range(self.critic_steps)
+        ]
+        return (*critics, Objective("generator", self.generator_loss))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"generator", "discriminator"} and their statistics, by the same names."""
@@ -84,9 +102,18 @@ class GAN:
         return params, state
 
     def discriminator_loss(
-        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array, turn: int = 0
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """real + fake + penalties; the real part is a mean over the valid examples."""
+        """real + fake + penalties, of the batch's rows `turn`, `turn + critic_steps`, ...
+
+        The real part is a mean over the valid examples.
+        """
+        if len(batch["valid"]) % self.critic_steps:
+            raise InputError(
+                f"a batch of {len(batch['valid'])} cannot be divided among critic_steps="
+                f"{self.critic_steps}; batch_size must be a multiple of it"
+            )
+        batch = {name: batch[name][turn :: self.critic_steps] for name in KEYS if name in batch}
         image, label = self._clean(batch)
         fake_rng, change_rng, penalty_rng = jax.random.split(rng, 3)
         fake, fake_label, _ = self._fake(params, state.model_state, len(image), fake_rng)
@@ -94,20 +121,23 @@ class GAN:
             "params": params["discriminator"], **state.model_state["discriminator"],
         }  # fmt: skip
         both = self._seen(jnp.concatenate([image, fake]), change_rng)
-        logit, changed = self.discriminator.apply(
-            variables, both, jnp.concatenate([label, fake_label]), train=True, mutable=True
+        labels = jnp.concatenate([label, fake_label])
+        output, changed = self.discriminator.apply(
+            variables, both, labels, train=True, mutable=True
         )
+        logit, named = self._paid(output, labels)
         real_logit, fake_logit = jnp.split(logit, 2)
+        real_named, fake_named = jnp.split(named, 2)
         real_image, fake_image = jnp.split(both, 2)
-        values = self.loss.real(real_logit)
-        critic = lambda x: self.discriminator.apply(variables, x, label)  # noqa: E731
+        values = _per_image(self.loss.real(real_logit)) + real_named
+        critic = lambda x: self._logit(params, state.model_state, x, label)  # noqa: E731
         if self.gradient_penalty:
             penalty = gradient_penalty(critic, real_image, fake_image, penalty_rng)
             values += self.gradient_penalty * penalty
         if self.r1:
             values += self.r1 / 2 * r1_penalty(critic, real_image)
         real = mean(values, batch["valid"])
-        fakes = mean(self.loss.fake(fake_logit))
+        fakes = mean(_per_image(self.loss.fake(fake_logit)) + fake_named)
         any_valid = real.count > 0  # without real images there is nothing to learn
         loss = real.total / jnp.maximum(real.count, 1) + any_valid * fakes.total / fakes.count
         changed = {key: value for key, value in changed.items() if key != "params"}
@@ -118,11 +148,12 @@ class GAN:
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """What the discriminator makes of new images; the batch gives only their number."""
+        count = len(batch["valid"]) // self.critic_steps
         fake_rng, change_rng = jax.random.split(rng)
-        count = len(batch["valid"])
-        fake, label, changed = self._fake(params, state.model_state, count, fake_rng)
-        logit = self._logit(params, state.model_state, self._seen(fake, change_rng), label)
-        losses = mean(self.loss.generator(logit))
+        image, label, changed = self._fake(params, state.model_state, count, fake_rng)
+        image = self._seen(image, change_rng)
+        logit, named = self._paid(self._output(params, state.model_state, image, label), label)
+        losses = mean(_per_image(self.loss.generator(logit)) + named)
         metrics = {"generator/loss": losses}
         return losses.total / count, ({**state.model_state, "generator": changed}, metrics)
 
@@ -140,9 +171,10 @@ class GAN:
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns one sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b]."""
+        """Returns a sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b], if told."""
         _, label = self._clean(batch)
-        return {"sample": self.sample(params, label, rng), "label": label}
+        told = {"label": label} if self.num_classes else {}
+        return {"sample": self.sample(params, label, rng), **told}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -182,11 +214,28 @@ class GAN:
         image, changed = self.generator.apply(variables, z, label, train=True, mutable=True)
         return image, label, {key: value for key, value in changed.items() if key != "params"}
 
+    def _output(
+        self, params: Params, model_state: PyTree, image: jax.Array, label: jax.Array
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        variables = {"params": params["discriminator"], **model_state["discriminator"]}
+        return self.discriminator.apply(variables, image, label)
+
     def _logit(
         self, params: Params, model_state: PyTree, image: jax.Array, label: jax.Array
     ) -> jax.Array:
-        variables = {"params": params["discriminator"], **model_state["discriminator"]}
-        return self.discriminator.apply(variables, image, label)
+        """float32 [b]; of patches the mean."""
+        output = self._output(params, model_state, image, label)
+        return _per_image(output[0] if self.auxiliary else output)
+
+    def _paid(
+        self, output: jax.Array | tuple[jax.Array, jax.Array], label: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The logits, and [b] what the auxiliary head makes both players pay."""
+        if not self.auxiliary:
+            return output, jnp.zeros(len(label))
+        logit, of_classes = output
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(of_classes, label)
+        return logit, self.auxiliary * cross_entropy
 
     def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
         return image if self.augment is None else self.augment(image, rng)
@@ -197,3 +246,8 @@ class GAN:
         image = jnp.where(valid[:, None, None, None], batch["image"], 0.0)
         label = jnp.where(valid, batch["label"] if self.num_classes else 0, 0)
         return image, label.astype(jnp.int32)
+
+
+def _per_image(values: jax.Array) -> jax.Array:
+    """[b, ...] to the mean of each row, [b]."""
+    return values.reshape(len(values), -1).mean(1)

@@ -1,14 +1,17 @@
 """Losses and penalties against slow references, spectral norms, padding, sampling."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cvjax.errors import InputError
 from cvjax.gan.augment import diff_augment
+from cvjax.gan.clipping import clipped
 from cvjax.gan.losses import (
     Hinge,
     LeastSquares,
@@ -17,8 +20,9 @@ from cvjax.gan.losses import (
     gradient_penalty,
     r1_penalty,
 )
-from cvjax.gan.model import Discriminator, Generator
+from cvjax.gan.model import Discriminator, Generator, PatchDiscriminator
 from cvjax.gan.task import GAN
+from cvjax.train.optimizer import Optimizer
 from cvjax.train.state import TrainState
 from cvjax.train.task import Task
 
@@ -79,20 +83,83 @@ def test_a_critic_without_slope_has_a_finite_penalty():
     np.testing.assert_allclose(jax.grad(penalty)(1.0), 8.0, rtol=1e-6)
 
 
-def test_every_layer_of_the_discriminator_has_norm_one():
-    model = Discriminator((4, 8), num_classes=3)
+def test_penalties_of_a_linear_critic_are_exact():
+    x, y = np.random.default_rng(1).normal(size=(2, 5, 3, 2, 1)).astype(np.float32)
+    weight = np.random.default_rng(2).normal(size=(3, 2, 1)).astype(np.float32)
+    linear = lambda w: lambda image: jnp.sum(w * image, axis=(1, 2, 3))  # noqa: E731
+    size = np.linalg.norm(weight)
+    rng = jax.random.key(3)
+    found = gradient_penalty(linear(weight), x, y, rng)
+    np.testing.assert_allclose(found, np.full(5, (size - 1) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(r1_penalty(linear(weight), x), np.full(5, size**2), rtol=1e-5)
+    slope = jax.grad(lambda w: gradient_penalty(linear(w), x, y, rng).mean())(weight)
+    np.testing.assert_allclose(slope, 2 * (size - 1) * weight / size, rtol=1e-5)
+    slope = jax.grad(lambda w: r1_penalty(linear(w), x).mean())(weight)
+    np.testing.assert_allclose(slope, 2 * weight, rtol=1e-5)
+
+
+def test_clipped_weights_stay_in_their_box():
+    params = {"w": jnp.array([0.5, -0.2, 0.05, 0.0]), "b": jnp.array(-0.09)}
+    slope = {"w": jnp.array([0.1, -3.0, -2.0, 0.01]), "b": jnp.array(0.0)}
+    plain = functools.partial(clipped, optax.sgd, limit=0.1)
+    # By hand: w - 0.02 g, clipped; the bias, which is in the box, stays.
+    once = {"w": np.clip([0.498, -0.14, 0.09, -0.0002], -0.1, 0.1), "b": -0.09}
+    optimizer = plain(learning_rate=0.02)
+
+    @jax.jit
+    def update(params, state):
+        updates, state = optimizer.update(slope, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params_now, state = update(params, optimizer.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), params_now, once)
+    for _ in range(50):
+        params_now, state = update(params_now, state)
+    # 51 steps in all: the first weight began them at 0.1, its border.
+    ends = {"w": [0.0, 0.1, 0.1, -0.0102], "b": -0.09}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params_now, ends)
+    # In the engine's optimizer the box is kept too, and only when an update is really made.
+    whole = Optimizer(transform=plain, learning_rate=0.02, accumulate=2).build(params, 10)
+    state = whole.init(params)
+    first, state = whole.update(slope, state, params)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(first))
+    second, _ = whole.update(slope, state, params)
+    jax.tree.map(
+        lambda p, u, b: np.testing.assert_allclose(p + u, b, atol=1e-7), params, second, once
+    )
+    with pytest.raises(InputError, match="limit is 0; it must be positive"):
+        clipped(optax.sgd, 0.1, limit=0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Discriminator((4, 8), num_classes=3),
+        Discriminator((4,), num_classes=3, conditioning="auxiliary"),
+        PatchDiscriminator((4, 8)),
+    ],
+    ids=["projection", "auxiliary", "patch"],
+)
+def test_every_layer_of_a_discriminator_has_norm_one(model):
     image, label = jax.random.uniform(jax.random.key(0), (2, *SHAPE)), jnp.array([0, 2])
-    variables = model.init(jax.random.key(1), image, label)
-    update = jax.jit(lambda v: model.apply(v, image, label, train=True, mutable="batch_stats")[1])
-    for _ in range(200):  # the power iteration converges
-        variables = {**variables, **update(variables)}
+    variables = jax.jit(model.init)(jax.random.key(1), image, label)
+
+    @jax.jit
+    def update(variables):  # the power iteration converges
+        take = lambda _, v: (  # noqa: E731
+            v | model.apply(v, image, label, train=True, mutable="batch_stats")[1]
+        )
+        return jax.lax.fori_loop(0, 300, take, dict(variables))
+
+    variables = update(variables)
 
     kernels = {
         "/".join(key.key for key in path): value
         for path, value in jax.tree_util.tree_leaves_with_path(variables["params"])
         if path[-1].key == "kernel"
     }
-    assert len(kernels) == 4
+    # As many as there are layers, the heads too.
+    assert len(kernels) == len(model.widths) + (1 if isinstance(model, PatchDiscriminator) else 2)
     sigmas = [
         value
         for path, value in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])
@@ -106,10 +173,31 @@ def test_every_layer_of_the_discriminator_has_norm_one():
     # It is really divided: a discriminator of weights ten times as large says the same, but for
     # the biases, which are 0.
     larger = {**variables, "params": jax.tree.map(lambda x: 10 * x, variables["params"])}
-    one, two = (model.apply(v, image, label) for v in (variables, larger))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
+    apply = jax.jit(lambda v: model.apply(v, image, label))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        apply(variables), apply(larger),
+    )  # fmt: skip
     plain = model.clone(spectral_norm=False)
-    assert "batch_stats" not in plain.init(jax.random.key(1), image, label)
+    shapes = jax.eval_shape(lambda: plain.init(jax.random.key(1), image, label))
+    assert "batch_stats" not in shapes
+
+
+def test_a_logit_of_four_widths_sees_70_pixels():
+    model = PatchDiscriminator((2, 2, 2, 2), spectral_norm=False)
+    image = jnp.zeros((1, 96, 96, 1)) + 0.3
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    variables = jax.tree.map(jnp.abs, variables)  # nothing cancels
+
+    @jax.jit
+    def seen(image):
+        logits = model.apply(variables, image)
+        centre = lambda x: model.apply(variables, x)[0, 6, 6]  # noqa: E731
+        return logits, jax.grad(centre)(image)[0, ..., 0] != 0
+
+    logits, pixels = seen(image)
+    assert logits.shape == (1, 12, 12)
+    assert pixels.any(0).sum() == pixels.any(1).sum() == 70
 
 
 def test_diff_augment():
@@ -133,6 +221,16 @@ def test_diff_augment():
     assert np.ptp(lit, axis=(1, 2, 3)).max() < 1e-4 and 0.2 < np.abs(lit).max() <= 0.3001
     same = diff_augment(image[:7], rng, translation=0.25)
     np.testing.assert_array_equal(same, moved[:7])  # rows do not depend on their number
+    colour = jax.random.uniform(rng, (4, 3, 2, 3))
+    grey = diff_augment(colour, rng, translation=0.0, saturation=0.9)
+    np.testing.assert_allclose(grey.mean(-1), colour.mean(-1), rtol=1e-5)
+    factor = (grey - grey.mean(-1, keepdims=True)) / (colour - colour.mean(-1, keepdims=True))
+    assert np.ptp(factor, axis=(1, 2, 3)).max() < 1e-3 and np.ptp(factor) > 0.1
+    assert 0.1 <= factor.min() and factor.max() <= 1.9001
+    flat = diff_augment(colour, rng, translation=0.0, contrast=0.5)
+    middle = colour.mean((1, 2, 3), keepdims=True)
+    factor = (flat - middle) / (colour - middle)
+    assert np.ptp(factor, axis=(1, 2, 3)).max() < 1e-3 and np.ptp(factor) > 0.05
     gradient = jax.grad(lambda x: diff_augment(x, rng, translation=0.25).sum())(image)
     assert set(np.unique(gradient)) == {0.0, 1.0}
 
@@ -145,9 +243,10 @@ def shifted(image, dy, dx):
 
 def small(**fields):
     classes = fields.get("num_classes", 3)
+    head = "auxiliary" if fields.get("auxiliary") else "projection"
     return GAN(
         Generator(SHAPE, (4, 4), classes),
-        Discriminator((4, 4), classes, spectral_norm=fields.pop("spectral_norm", True)),
+        Discriminator((4, 4), classes, conditioning=head),
         **{"latents": 5, "num_classes": 3, "statistics_batch": 12} | fields,
     )
 
@@ -161,7 +260,7 @@ def batch_of(size=6):
 
 
 def start(task, batch):
-    params, model_state = task.init(jax.random.key(0), batch)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
     return params, TrainState(jnp.int32(0), jax.random.key(0), params, {}, model_state, {})
 
 
@@ -194,48 +293,149 @@ def test_padding_changes_nothing():
 
 def test_objectives_and_the_state_they_change():
     task, batch = small(critic_steps=3), batch_of()
-    groups = [objective.group for objective in task.objectives]
-    assert groups == ["discriminator"] * 3 + ["generator"]
+    objectives = task.objectives
+    assert [group for group, _ in objectives] == ["discriminator"] * 3 + ["generator"]
     params, state = start(task, batch)
-    _, (after, _) = task.discriminator_loss(params, state, batch, jax.random.key(1))
-    changed = lambda name: jax.tree.leaves(  # noqa: E731
-        jax.tree.map(lambda a, b: bool((a != b).any()), after[name], state.model_state[name])
+
+    @jax.jit
+    def losses(images):
+        """For each objective: its gradient by image, and the model state after it."""
+        found = []
+        for _, loss in objectives:
+            take = lambda image, loss=loss: loss(  # noqa: E731
+                params, state, batch | {"image": image}, jax.random.key(1)
+            )
+            gradient, (after, _) = jax.grad(take, has_aux=True)(images)
+            found.append((jnp.abs(gradient).sum((1, 2, 3)), after))
+        return found
+
+    def changed(after, name):
+        return jax.tree.leaves(
+            jax.tree.map(lambda a, b: bool((a != b).any()), after[name], state.model_state[name])
+        )
+
+    *critics, (rows, after) = losses(batch["image"])
+    assert not rows.any() and not any(changed(after, "discriminator"))
+    assert all(changed(after, "generator"))
+    for turn, (rows, after) in enumerate(critics):  # each looks at rows of its own
+        assert (rows != 0).tolist() == [i % 3 == turn for i in range(6)]
+        assert any(changed(after, "discriminator")) and not any(changed(after, "generator"))
+    with pytest.raises(InputError, match="a batch of 5 cannot be divided among critic_steps=3"):
+        task.discriminator_loss(params, state, batch_of(5), jax.random.key(1))
+
+
+def test_an_auxiliary_head_is_paid_by_both():
+    batch = batch_of()
+    task = small(auxiliary=2.0)
+    params, state = start(task, batch)
+
+    @jax.jit
+    def losses(params, label):
+        """What both pay, and the generator's logits and labels."""
+        rng = jax.random.key(1)
+        image, drawn, _ = task._fake(params, state.model_state, 6, jax.random.split(rng)[0])
+        logit = task._logit(params, state.model_state, image, drawn)
+        given = batch | {"label": label}
+        critic, generator = (
+            loss(params, state, given, rng)[0]
+            for loss in (task.discriminator_loss, task.generator_loss)
+        )
+        return critic, generator, logit, drawn
+
+    def with_a_head(probabilities):
+        """One that names a class whatever it sees."""
+        head = {"kernel": jnp.zeros((16, 3)), "bias": jnp.log(jnp.array(probabilities))}
+        return params | {"discriminator": params["discriminator"] | {"Dense_1": head}}
+
+    label, some = jnp.array([0, 0, 0, 1, 1, 2]), np.array([0.5, 0.3, 0.2])
+    critic, generator, logit, drawn = losses(with_a_head(some), label)
+    named = -np.log(some[np.asarray(drawn)]).mean()
+    plain = np.logaddexp(0, -np.asarray(logit, np.float64)).mean()
+    np.testing.assert_allclose(generator, plain + 2 * named, rtol=1e-5)
+    # The critic pays for real images and fakes, whose labels are others: it can only be compared.
+    other_critic, *_ = losses(with_a_head(some), jnp.array([2, 2, 2, 2, 2, 2]))
+    expected = 2 * (-np.log(some[np.asarray(label)]).mean() + np.log(0.2))
+    np.testing.assert_allclose(critic - other_critic, expected, rtol=1e-4)
+    fair, *_ = losses(with_a_head([1 / 3] * 3), label)
+    shouted, *_ = losses(with_a_head([1e-4, 1e-4, 1 - 2e-4]), label)
+    assert shouted - fair > 2 * (np.log(1e4) * 5 / 6 - np.log(3))  # more than real ones alone cost
+    for bad in (
+        lambda: dataclasses.replace(task, auxiliary=0.0),
+        lambda: dataclasses.replace(small(), auxiliary=1.0),
+    ):
+        with pytest.raises(InputError, match="auxiliary head; set both or neither"):
+            bad()
+    with pytest.raises(InputError, match="conditioning is 'embedding'"):
+        Discriminator(conditioning="embedding")
+
+
+def test_patches_are_judged_one_by_one():
+    batch = batch_of()
+    task = dataclasses.replace(
+        small(), loss=LeastSquares(), discriminator=PatchDiscriminator((4, 4)), r1=2.0
     )
-    assert any(changed("discriminator")) and not any(changed("generator"))
-    _, (after, _) = task.generator_loss(params, state, batch, jax.random.key(1))
-    assert not any(changed("discriminator")) and all(changed("generator"))
+    params, state = start(task, batch)
+    variables = {"params": params["discriminator"], **state.model_state["discriminator"]}
+
+    @jax.jit
+    def found(key):
+        fake = task._fake(params, state.model_state, 6, jax.random.split(key)[0])[0]
+        losses = [
+            loss(params, state, batch, key)[0]
+            for loss in (task.generator_loss, task.discriminator_loss)
+        ]
+        return task.discriminator.apply(variables, fake), losses
+
+    logits, (loss, other) = found(jax.random.key(1))
+    assert logits.shape == (6, 4, 4) and np.isfinite(other)
+    # The mean of the patches' losses, which is not the loss of their mean.
+    np.testing.assert_allclose(loss, np.mean((logits - 1) ** 2) / 2, rtol=1e-4)
+
+
+def test_samples_have_statistics_of_their_own_parameters():
+    task, batch = small(), batch_of()
+    params, _ = start(task, batch)
+    sample = jax.jit(task.sample)
+    label, key = jnp.arange(6) % 3, jax.random.key(3)
+    dense = params["generator"]["Dense_0"]
+    larger = params | {
+        "generator": params["generator"] | {"Dense_0": jax.tree.map(lambda x: 9 * x, dense)}
+    }
+    # A norm follows the layer: with the statistics of the other parameters this would saturate.
+    np.testing.assert_allclose(sample(params, label, key), sample(larger, label, key), atol=2e-3)
 
 
 @pytest.mark.parametrize("classes", [0, 3])
 def test_samples_do_not_depend_on_the_batch(classes):
     task, batch = small(num_classes=classes), batch_of()
     params, _ = start(task, batch)
-    label, key = jnp.arange(7) % 3, jax.random.key(3)
-    whole = task.sample(params, label, key)
-    parts = [task.sample(params, label[i : i + 2], key, first=i) for i in range(0, 7, 2)]
+    label, key = jnp.arange(6) % 3, jax.random.key(3)
+    sample = jax.jit(task.sample)
+    whole = sample(params, label, key)
+    parts = [sample(params, label[i : i + 3], key, first=i) for i in (0, 3)]
     # Convolutions of another batch size may round otherwise.
     np.testing.assert_allclose(whole, jnp.concatenate(parts), atol=1e-5)
-    assert whole.shape == (7, *SHAPE) and 0 <= whole.min() <= whole.max() <= 1
-    picture = task.visualize(params, {}, batch, key)["samples"]
-    assert 0 <= picture.min() <= picture.max() <= 1
+    assert whole.shape == (6, *SHAPE) and 0 <= whole.min() <= whole.max() <= 1
+    told = jax.eval_shape(task.predict, params, {}, batch, key)
+    assert set(told) == ({"sample", "label"} if classes else {"sample"})
 
 
 def test_the_class_reaches_both_players():
     task, batch = small(), batch_of()
     params, state = start(task, batch)
-    label = jnp.zeros(6, jnp.int32)
     scales = jax.tree.map(jnp.copy, params)
     for name in ("ConditionalBatchNorm_0", "ConditionalBatchNorm_2"):
         scales["generator"][name]["scale"] = scales["generator"][name]["scale"].at[1].set(3.0)
-    one, two = (task.sample(scales, label + c, jax.random.key(1)) for c in (0, 1))
-    assert not np.allclose(one, two, atol=1e-3)
-    logits = [
-        task.discriminator.apply(
-            {"params": params["discriminator"], **state.model_state["discriminator"]},
-            batch["image"], label + c,
-        ) for c in (0, 1)
-    ]  # fmt: skip
-    assert not np.allclose(*logits, atol=1e-3)
+
+    @jax.jit
+    def both(label):
+        variables = {"params": params["discriminator"], **state.model_state["discriminator"]}
+        logit = task.discriminator.apply(variables, batch["image"], label)
+        return task.sample(scales, label, jax.random.key(1)), logit
+
+    label = jnp.zeros(6, jnp.int32)
+    for one, two in zip(both(label), both(label + 1), strict=True):
+        assert not np.allclose(one, two, atol=1e-3)
 
 
 def test_what_cannot_be_is_said():

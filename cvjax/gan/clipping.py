@@ -1,0 +1,32 @@
+"""Weights that stay in a box: how the first Wasserstein GAN kept its critic smooth."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cvjax.errors import InputError
+
+
+def clipped(
+    transform: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    limit: float = 0.01,
+) -> optax.GradientTransformation:
+    """An optimizer that leaves all parameters in [-limit, limit], but for rounding.
+
+    M. Arjovsky et al., https://arxiv.org/abs/1701.07875, algorithm 1, there with RMSProp. In a
+    config, as the `transform` of an `Optimizer`:
+
+        dict(type="gan.clipping.clipped", transform=dict(type="optax.rmsprop"), limit=0.01)
+
+    Raises InputError for a limit that is not positive.
+    """
+    if not limit > 0:
+        raise InputError(f"limit is {limit}; it must be positive")
+
+    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda u, p: jnp.clip(p + u, -limit, limit) - p, updates, params)
+
+    return optax.chain(transform(learning_rate=learning_rate), optax.stateless(clip))
