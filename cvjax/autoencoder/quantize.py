@@ -120,9 +120,9 @@ class VectorQuantizer(nn.Module):
 class FiniteScalarQuantizer(nn.Module):
     """Each channel is bounded and rounded to one of a few levels; there is nothing to learn.
 
-    F. Mentzer et al., https://arxiv.org/abs/2309.15505, section 3.1 and appendix A.1: where the number of
-    levels is even, a shift keeps 0 about where it is. Codes are in [-1, 1]; index 0 has all channels at their lowest,
-    and the first channel counts fastest.
+    F. Mentzer et al., https://arxiv.org/abs/2309.15505, section 3.1 and appendix A.1: where the
+    number of levels is even, a shift keeps 0 about where it is. Codes are in [-1, 1]; index 0 has
+    all channels at their lowest, and the first channel counts fastest.
 
     Attributes:
       levels: of each channel, 2 or more; the paper's (8, 5, 5, 5) are 1,000 codes.
