@@ -1,4 +1,4 @@
-"""A convolutional encoder, and a decoder of convolutions and depth-to-space."""
+"""Convolutional encoders, decoders of convolutions and depth-to-space, a discriminator."""
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,8 @@ class Encoder(nn.Module):
     hidden: int = 256
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns float [b, outputs]."""
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns float [b, outputs], in training too: so that it serves as a classifier."""
         for width in self.widths:
             x = nn.silu(nn.Conv(width, (4, 4), strides=2)(x))
         x = nn.silu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
@@ -49,6 +49,65 @@ class Decoder(nn.Module):
             x = depth_to_space(nn.Conv(4 * (size or channels), (3, 3))(x))
             x = x if size is None else nn.silu(x)
         return x
+
+
+class GridEncoder(nn.Module):
+    """Images [b, h, w, c] to grids [b, h', w', channels]; h and w are halved for each width."""
+
+    channels: int
+    widths: tuple[int, ...] = (32, 64)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float [b, h / 2^n, w / 2^n, channels], of any range."""
+        for width in self.widths:
+            x = nn.silu(nn.Conv(width, (4, 4), strides=2)(x))
+        x = Residual()(x)
+        return nn.Conv(self.channels, (1, 1))(nn.silu(x))
+
+
+class GridDecoder(nn.Module):
+    """Grids [b, h', w', d] to images [b, 2^n h', 2^n w', channels]; each width doubles the size."""
+
+    channels: int
+    widths: tuple[int, ...] = (64, 32)
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Returns float images, of any range."""
+        x = Residual()(nn.Conv(self.widths[0], (3, 3))(z))
+        for width in self.widths:
+            x = depth_to_space(nn.Conv(4 * width, (3, 3))(nn.silu(x)))
+        return nn.Conv(self.channels, (3, 3), name="last")(nn.silu(x))
+
+
+class Residual(nn.Module):
+    """A 3 x 3 and a 1 x 1 convolution beside the identity (arXiv:1711.00937, section 4.1)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] to the same."""
+        y = nn.Conv(x.shape[-1], (3, 3))(nn.silu(x))
+        return x + nn.Conv(x.shape[-1], (1, 1))(nn.silu(y))
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [b, h, w, c] to logits [b, h', w'], each of one patch of the image.
+
+    P. Isola et al., https://arxiv.org/abs/1611.07004, section 3.2.2; GroupNorm in the place of
+    BatchNorm, so that no image sees another.
+    """
+
+    widths: tuple[int, ...] = (32, 64)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float [b, h / 2^n, w / 2^n]."""
+        x = 2 * x - 1
+        for i, width in enumerate(self.widths):
+            x = nn.Conv(width, (4, 4), strides=2)(x)
+            x = nn.leaky_relu(nn.GroupNorm(num_groups=1)(x) if i else x, 0.2)
+        return nn.Conv(1, (3, 3))(x)[..., 0]
 
 
 def depth_to_space(x: jax.Array) -> jax.Array:

@@ -1,6 +1,11 @@
-"""Variational autoencoder: images become a few numbers, and such numbers become images."""
+"""Autoencoders: images become a few numbers, and such numbers become images.
 
-from collections.abc import Sequence
+`VAE` is the variational one; `Autoencoder` is the plain one, the denoising one (with a `corrupt`)
+and the vector-quantized one (with a `bottleneck`). Those that see a part of the patches are in
+`masked.py`, those with a discriminator in `vqgan.py`.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -8,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from cvjax import draw
+from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
+from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
@@ -110,9 +117,14 @@ class VAE:
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns reconstructions under their images, samples, and traversals of each latent."""
+        """Returns reconstructions under their images, samples, traversals, interpolations.
+
+        A row of the traversals goes with one latent from -3 to 3, the others being 0; a row of the
+        interpolations goes from the latent mean of one image to that of another.
+        """
         image = _clean(batch)[:10]
-        found = self.predict(params, model_state, batch, rng)["reconstruction"][:10]
+        location, _ = self.encode(params, image)
+        found = self.likelihood.mean(self.decode(params, location))
         values = jnp.linspace(-3.0, 3.0, 10)
         lines = jnp.eye(self.latents)[:, None] * values[:, None]  # a row for each latent
         walk = self.likelihood.mean(self.decode(params, lines.reshape(-1, self.latents)))
@@ -120,6 +132,9 @@ class VAE:
             "reconstructions": draw.grid(jnp.concatenate([image, found]), len(image)),
             "samples": draw.grid(self.sample(params, 100, jax.random.key(0)), 10),
             "traversals": draw.grid(walk, 10),
+            "interpolations": draw.grid(
+                self.likelihood.mean(self.decode(params, between(location))), 10
+            ),
         }
 
     def encode(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -157,6 +172,156 @@ class VAE:
             return log_likelihood + ratio, log_likelihood
 
         return jax.lax.map(one, jax.random.split(rng, count))
+
+
+class Network(nn.Module):
+    """Encoder, bottleneck if there is one, and decoder, as one module."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    bottleneck: Quantizer | None = None
+
+    def __call__(
+        self, image: jax.Array, valid: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, Quantized]:
+        """Returns reconstructions [b, h, w, c], of any range, and the latents."""
+        code = self.squeeze(self.encode(image), valid, train)
+        return self.decoder(code.z), code
+
+    def encode(self, image: jax.Array) -> jax.Array:
+        """Latents [b, ..., d] before the bottleneck."""
+        return self.encoder(image)
+
+    def squeeze(self, z: jax.Array, valid: jax.Array, train: bool = False) -> Quantized:
+        """What of the latents goes to the decoder; without a bottleneck all of it, indices -1."""
+        if self.bottleneck is None:
+            return Quantized(z, jnp.full(z.shape[:-1], -1), jnp.zeros(len(z)))
+        return self.bottleneck(z, valid, train=train)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Images of latents."""
+        return self.decoder(z)
+
+    def decode_latents(self, z: jax.Array) -> jax.Array:
+        """Images of latents that go through the bottleneck first."""
+        return self.decoder(self.squeeze(z, jnp.ones(len(z), bool)).z)
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Minimizes the mean squared error of the image that comes out, plus the bottleneck's loss.
+
+    With `corrupt` it is a denoising autoencoder (P. Vincent et al., ICML 2008): the corrupted image
+    goes in, the clean one shall come out. With `bottleneck` it is a VQ-VAE (arXiv:1711.00937). A
+    batch is {"image": float32 [b, h, w, c] in [0, 1], "valid": bool [b]}.
+
+    The parameters are {"model": {"encoder", "decoder", "bottleneck"}}: a classifier takes its
+    beginning from "model/encoder".
+
+    Attributes:
+      encoder: `__call__(image [b, h, w, c]) -> z [b, ..., d]`.
+      decoder: `__call__(z) -> [b, h, w, c]`.
+      bottleneck: one of `cvjax.autoencoder.quantize`, or None.
+      corrupt: `(image, rng) -> image`, such as those of `cvjax.autoencoder.corrupt`.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    bottleneck: Quantizer | None = None
+    corrupt: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    @property
+    def network(self) -> Network:
+        """Encoder, bottleneck and decoder."""
+        return Network(self.encoder, self.decoder, self.bottleneck)
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """One, for the group "model"."""
+        return (Objective("model", self.loss),)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
+        """Returns {"model": parameters} and the other collections, such as the codebook."""
+        variables = dict(self.network.init(rng, batch["image"], batch["valid"]))
+        return {"model": variables.pop("params")}, variables
+
+    def loss(
+        self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The mean over the valid examples of squared error and bottleneck's loss."""
+        image, valid = _clean(batch), batch["valid"]
+        variables = {"params": params["model"], **state.model_state}
+        (found, code), changed = self.network.apply(
+            variables, self._seen(image, rng), valid, True,
+            rngs={"codebook": jax.random.fold_in(rng, 1)}, mutable=list(state.model_state),
+        )  # fmt: skip
+        error = jnp.mean((found - image) ** 2, axis=(1, 2, 3))
+        metrics = {"mse": mean(error, valid), **self._of_codes(code, valid)}
+        total = mean(error + code.loss, valid)
+        loss = total.total / jnp.maximum(total.count, 1)
+        return loss, ({**state.model_state, **changed}, metrics)
+
+    def evaluate(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> Metrics:
+        """Returns the squared error, PSNR (dB) and SSIM of reconstructions clipped to [0, 1]."""
+        image, valid = _clean(batch), batch["valid"]
+        found = self.predict(params, model_state, batch, rng)["reconstruction"]
+        return {
+            "mse": mean(jnp.mean((found - image) ** 2, axis=(1, 2, 3)), valid),
+            "psnr": mean(psnr(found, image), valid),
+            "ssim": mean(ssim(found, image), valid),
+        }
+
+    def predict(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns latents, reconstructions in [0, 1] and, with a bottleneck, indices of codes."""
+        image = self._seen(_clean(batch), rng)
+        variables = {"params": params["model"], **model_state}
+        found, code = self.network.apply(variables, image, batch["valid"])
+        outputs = {"latent": code.z, "reconstruction": jnp.clip(found, 0.0, 1.0)}
+        return outputs if self.bottleneck is None else outputs | {"indices": code.indices}
+
+    def visualize(
+        self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns images, what is seen of them if they are corrupted, and reconstructions, in rows.
+
+        And interpolations: each row goes from the latents of one image to those of another.
+        """
+        image = _clean(batch)
+        variables = {"params": params["model"], **model_state}
+        found = self.predict(params, model_state, batch, rng)["reconstruction"]
+        rows = [image, found] if self.corrupt is None else [image, self._seen(image, rng), found]
+        z = self.network.apply(variables, image[:10], method=Network.encode)
+        walk = self.network.apply(variables, between(z), method=Network.decode_latents)
+        return {
+            "reconstructions": draw.grid(
+                jnp.clip(jnp.concatenate([row[:10] for row in rows]), 0.0, 1.0), len(z)
+            ),
+            "interpolations": draw.grid(jnp.clip(walk, 0.0, 1.0), 10),
+        }
+
+    def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
+        return image if self.corrupt is None else self.corrupt(image, rng)
+
+    def _of_codes(self, code: Quantized, valid: jax.Array) -> Metrics:
+        if self.bottleneck is None:
+            return {}
+        found = perplexity(code.indices, valid, self.bottleneck.size)
+        return {"perplexity": mean(found[None]), "bottleneck": mean(code.loss, valid)}
+
+
+def between(z: jax.Array, steps: int = 10) -> jax.Array:
+    """`steps` points on the line from each z [b, ...] to the next, float32 [b // 2 * steps, ...].
+
+    Of a pair the first comes first; what is left over of an odd number takes no part.
+    """
+    first, second = z[0 : len(z) // 2 * 2 : 2], z[1::2]
+    weight = jnp.linspace(0.0, 1.0, steps).reshape(-1, *[1] * (z.ndim - 1))
+    line = first[:, None] * (1 - weight) + second[:, None] * weight
+    return line.reshape(-1, *z.shape[1:])
 
 
 def kl_divergence(location: jax.Array, log_std: jax.Array) -> jax.Array:

@@ -213,6 +213,24 @@ class ViT(nn.Module):
             for name, tokens in zip(self.strides, self._stages(x, train), strict=True)
         }
 
+    def encode(
+        self, x: jax.Array, *, keep: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Returns the patches after the last block, normalized, [b, n, c], row by row.
+
+        Args:
+          x: images [b, h, w, c], normalized.
+          keep: the numbers of those patches, int32 [b, n], that are seen at all, besides the class
+            token and registers; None is all, in their order.
+          train: as for `features`.
+        """
+        x, grid = self._embed(x, train)
+        count = grid[0] * grid[1]
+        if keep is not None:
+            kept = jnp.take_along_axis(x[:, -count:], keep[..., None], axis=1)
+            x, count = jnp.concatenate([x[:, :-count], kept], axis=1), keep.shape[1]
+        return self.norm(self._stages(x, train)[-1])[:, -count:]
+
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
         x, grid = self._embed(x, train)

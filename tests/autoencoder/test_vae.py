@@ -205,7 +205,7 @@ def test_samples_do_not_depend_on_their_number_and_pictures_are_images():
     few, many = (task.sample(params, n, jax.random.key(1)) for n in (3, 7))
     np.testing.assert_allclose(few, many[:3], atol=1e-6)  # matrix products of other sizes
     pictures = task.visualize(params, {}, batch, jax.random.key(0))
-    assert set(pictures) == {"reconstructions", "samples", "traversals"}
+    assert set(pictures) == {"reconstructions", "samples", "traversals", "interpolations"}
     for picture in pictures.values():
         assert picture.ndim == 3 and 0 <= picture.min() <= picture.max() <= 1
 

@@ -1,0 +1,78 @@
+"""How good reconstructions are, and how many of the codes are in use over a whole set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cvjax.errors import InputError
+
+
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """-10 log10 of the mean squared error of each pair [b, h, w, c] in [0, 1]; dB, [b].
+
+    An error below 1e-10 counts as that, so that equal images have 100 dB.
+    """
+    error = jnp.mean((a - b) ** 2, axis=(1, 2, 3))
+    return -10 * jnp.log10(jnp.maximum(error, 1e-10))
+
+
+def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Structural similarity of each pair [b, h, w, c] in [0, 1], mean over channels; [b], up to 1.
+
+    Z. Wang et al., IEEE Transactions on Image Processing 13(4), 2004; windows of 11 x 11 pixels,
+    or as large as a smaller image allows. The variances are sums of differences: what lies outside
+    by rounding is put to the bound.
+    """
+    size = min(11, *a.shape[1:3])
+    return jnp.minimum(dm_pix.ssim(a, b, filter_size=size), 1.0)
+
+
+@dataclass
+class CodeUsage:
+    """How many of `size` codes occur in a whole set, and the perplexity of their frequencies.
+
+    Attributes:
+      size: the number of codes.
+      prediction: the name of the indices, integers [b, ...], among the outputs.
+      counts: int64 [size]: how often each occurred so far, in examples that are `valid`.
+    """
+
+    size: int
+    prediction: str = "indices"
+    counts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"CodeUsage: size is {self.size}; it must be 1 or more")
+        self.counts = np.zeros(self.size, np.int64)
+
+    def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
+        """Counts the codes of a batch. Raises InputError for one that is out of range."""
+        indices = np.asarray(outputs[self.prediction])[np.asarray(batch["valid"])].reshape(-1)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.size:
+            raise InputError(
+                f"CodeUsage: size is {self.size}, but there are codes from {indices.min()} to "
+                f"{indices.max()}"
+            )
+        self.counts += np.bincount(indices, minlength=self.size)
+
+    def result(self) -> dict[str, float]:
+        """Returns `codes_used` and `code_perplexity`; 0 and 1 of nothing."""
+        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
+        return {
+            "codes_used": float(len(share)),
+            "code_perplexity": float(np.exp(-np.sum(share * np.log(share)))),
+        }
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Returns a bar for each code, the most frequent first; full height is the largest."""
+        height, width = 64, 4
+        share = np.sort(self.counts)[::-1] / max(self.counts.max(), 1)
+        rows = np.arange(height, 0, -1)[:, None] / height
+        bars = np.repeat(share[None] >= rows, width, axis=1)
+        bars[:, ::width] = False  # a gap between the bars
+        return {"codes": bars[..., None].astype(np.float32)}

@@ -1,0 +1,151 @@
+"""Plain, denoising and vector-quantized autoencoders; corruptions; figures of reconstructions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.autoencoder.corrupt import add_noise, mask_patches
+from cvjax.autoencoder.evaluate import psnr, ssim
+from cvjax.autoencoder.model import Decoder, Encoder, GridDecoder, GridEncoder
+from cvjax.autoencoder.quantize import FiniteScalarQuantizer, VectorQuantizer
+from cvjax.autoencoder.task import Autoencoder, Network, between
+from cvjax.errors import InputError
+from cvjax.train.state import TrainState
+from cvjax.train.task import Task
+
+SHAPE = (12, 12, 1)
+
+
+def batch_of(size=6):
+    image = jax.random.uniform(jax.random.key(3), (size, *SHAPE))
+    return {"image": image, "valid": jnp.ones(size, bool)}
+
+
+def seen(image, rng):
+    return add_noise(image, rng, std=0.1)
+
+
+TASKS = {
+    "plain": Autoencoder(Encoder(3, (4,), 8), Decoder(SHAPE, (4,), 8)),
+    "denoising": Autoencoder(GridEncoder(2, (4,)), GridDecoder(1, (4,)), corrupt=seen),
+    "vq": Autoencoder(GridEncoder(3, (4,)), GridDecoder(1, (4,)), VectorQuantizer(8)),
+    "fsq": Autoencoder(GridEncoder(2, (4,)), GridDecoder(1, (4,)), FiniteScalarQuantizer((3, 4))),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_padding_changes_nothing_and_pictures_are_images(name):
+    task, batch = TASKS[name], batch_of()
+    assert isinstance(task, Task)
+    params, model_state = task.init(jax.random.key(0), batch)
+    assert set(model_state) == ({"codebook"} if name == "vq" else set())
+    assert {"encoder", "decoder"} <= set(params["model"])
+    state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, model_state, {})
+
+    @jax.jit
+    def results(batch):
+        rng = jax.random.key(1)
+        take = jax.value_and_grad(lambda p: task.loss(p, state, batch, rng), has_aux=True)
+        (loss, (changed, metrics)), gradient = take(params)
+        found = task.evaluate(params, model_state, batch, rng)
+        outputs = task.predict(params, model_state, batch, rng)
+        pictures = task.visualize(params, model_state, batch, rng)
+        numbers = {key: metric.compute() for key, metric in {**metrics, **found}.items()}
+        return (loss, gradient, changed, numbers), outputs, pictures
+
+    padded = {
+        "image": batch["image"].at[4:].set(jnp.nan),
+        "valid": batch["valid"].at[4:].set(False),
+    }
+    one, outputs, pictures = results(padded)
+    two = results(padded | {"image": batch["image"]})[0]
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one))
+    assert one[0] != results(batch)[0][0]
+    assert results(padded | {"valid": jnp.zeros(6, bool)})[0][0] == 0
+    for group in ("encoder", "decoder"):
+        assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(one[1]["model"][group]))
+    assert ("indices" in outputs) == (name in ("vq", "fsq"))
+    # The loss is the error of what comes out, before it is clipped.
+    assert one[3]["mse"] > 0 and one[0] >= one[3]["mse"] * 0.999
+    rows = 3 if name == "denoising" else 2
+    assert pictures["reconstructions"].shape == (rows * 13 + 1, 6 * 13 + 1, 1)
+    assert pictures["interpolations"].shape == (3 * 13 + 1, 10 * 13 + 1, 1)
+    for picture in pictures.values():
+        assert 0 <= picture.min() <= picture.max() <= 1
+
+
+def test_a_denoiser_sees_the_corrupted_and_is_asked_for_the_clean_image():
+    blank = lambda image, rng: jnp.zeros_like(image)  # noqa: E731
+    task, batch = Autoencoder(GridEncoder(2, (4,)), GridDecoder(1, (4,)), corrupt=blank), batch_of()
+    params, _ = task.init(jax.random.key(0), batch)
+    state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, {}, {})
+    found = task.predict(params, {}, batch, jax.random.key(0))["reconstruction"]
+    np.testing.assert_array_equal(found, found[:1].repeat(6, 0))
+    raw, _ = task.network.apply({"params": params["model"]}, 0 * batch["image"], batch["valid"])
+    loss, _ = task.loss(params, state, batch, jax.random.key(0))
+    assert loss == pytest.approx(float(jnp.mean((raw - batch["image"]) ** 2)), rel=1e-5)
+
+
+def test_interpolations_begin_and_end_at_the_images():
+    z = jnp.arange(10.0).reshape(5, 2)
+    line = between(z, 3)
+    np.testing.assert_allclose(line, [[0, 1], [1, 2], [2, 3], [4, 5], [5, 6], [6, 7]])
+    task, batch = TASKS["vq"], batch_of()
+    params, state = task.init(jax.random.key(0), batch)
+    variables = {"params": params["model"], **state}
+    z = task.network.apply(variables, batch["image"], method=Network.encode)
+    walk = task.network.apply(variables, between(z), method=Network.decode_latents)
+    whole, code = task.network.apply(variables, batch["image"], batch["valid"])
+    np.testing.assert_allclose(walk[::10], whole[::2], atol=1e-5)
+    np.testing.assert_allclose(walk[9::10], whole[1::2], atol=1e-5)
+    decoded = task.network.apply(variables, code.z, method=Network.decode)
+    np.testing.assert_allclose(decoded, whole, atol=1e-5)
+
+
+def test_corruptions():
+    image, rng = 0.5 + 0.0 * batch_of(64)["image"], jax.random.key(0)
+    noisy = add_noise(image, rng, std=0.1)
+    # 9,216 draws: the standard error of the mean is 0.001.
+    assert abs(noisy.mean() - 0.5) < 0.005 and abs(noisy.std() - 0.1) < 0.005
+    assert add_noise(image, rng, std=9.0).min() == 0 and add_noise(image, rng, std=9.0).max() == 1
+    for rate in (0.0, 0.75, 1.0):
+        masked = mask_patches(image, rng, rate=rate, patch=5)
+        assert float(mask_patches(image, rng, rate=rate, patch=1).mean()) == pytest.approx(
+            0.5 * (1 - rate), abs=0.02
+        )
+        for rows, columns in ((slice(0, 5), slice(5, 10)), (slice(10, 12), slice(10, 12))):
+            square = masked[:, rows, columns]
+            assert ((square == 0).all((1, 2, 3)) | (square == 0.5).all((1, 2, 3))).all()
+    masked = mask_patches(image, rng)
+    assert not np.array_equal(masked, masked[:1].repeat(64, 0))
+    with pytest.raises(InputError, match="std is -1"):
+        add_noise(image, rng, std=-1.0)
+    for wrong in (dict(rate=1.5), dict(patch=0)):
+        with pytest.raises(InputError, match="they must be in"):
+            mask_patches(image, rng, **wrong)
+
+
+def test_figures_of_reconstructions():
+    a, b = batch_of(3)["image"], jax.random.uniform(jax.random.key(5), (3, *SHAPE))
+    expected = [
+        10 * np.log10(1 / np.mean((np.float64(x) - y) ** 2)) for x, y in zip(a, b, strict=True)
+    ]
+    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
+    np.testing.assert_allclose(psnr(a, a), 100.0)
+    # One window of 11 x 11 at four places of a 12 x 12 image, by the definition.
+    x, y = np.float64(a)[..., 0], np.float64(b)[..., 0]
+    g = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window = np.outer(g, g) / g.sum() ** 2
+    values = []
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        p, q = x[:, i : i + 11, j : j + 11], y[:, i : i + 11, j : j + 11]
+        mean = lambda v: (window * v).sum((1, 2))  # noqa: E731
+        mp, mq = mean(p), mean(q)
+        vp, vq, cov = mean(p * p) - mp**2, mean(q * q) - mq**2, mean(p * q) - mp * mq
+        one, two = 2 * mp * mq + 1e-4, 2 * cov + 9e-4
+        values.append(one * two / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    np.testing.assert_allclose(ssim(a, b), np.mean(values, axis=0), atol=1e-5)
+    np.testing.assert_allclose(ssim(a, a), 1.0, atol=1e-6)
+    assert ssim(a[:, :4, :4], b[:, :4, :4]).shape == (3,)

@@ -1,0 +1,189 @@
+"""Quantizers against loops, their gradients, the codebook's averages and restarts, padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.autoencoder.evaluate import CodeUsage
+from cvjax.autoencoder.quantize import (
+    FiniteScalarQuantizer,
+    VectorQuantizer,
+    nearest,
+    perplexity,
+)
+from cvjax.errors import InputError
+
+ALL = jnp.ones(4, bool)
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def book(vectors, counts):
+    counts = jnp.asarray(counts, jnp.float32)
+    return {"codebook": {"counts": counts, "sums": jnp.asarray(vectors) * counts[:, None]}}
+
+
+def test_the_nearest_is_that_of_loops_and_of_equals_the_first():
+    z, vectors = draw(0, 50, 3), draw(1, 7, 3)
+    vectors = vectors.at[5].set(vectors[2])
+    distance = [[float(((a - b) ** 2).sum()) for b in vectors] for a in np.asarray(z)]
+    found = nearest(z, vectors)
+    np.testing.assert_array_equal(found, np.argmin(distance, axis=1))
+    assert 5 not in found and 2 in found
+
+
+def test_gradients_pass_straight_through_and_the_commitment_pulls_to_the_code():
+    quantizer, z = VectorQuantizer(5, commitment=0.5), draw(0, 4, 2, 3)
+    variables = book(draw(1, 5, 3), np.ones(5))
+    target = draw(2, 4, 2, 3)
+
+    def run(z):
+        found = quantizer.apply(variables, z, ALL)
+        return jnp.sum(found.z * target), found
+
+    gradient, found = jax.grad(run, has_aux=True)(z)
+    np.testing.assert_array_equal(gradient, target)
+    vectors = variables["codebook"]["sums"]
+    np.testing.assert_allclose(found.z, vectors[found.indices], atol=1e-6)
+    np.testing.assert_allclose(quantizer.vectors(variables, found.indices), found.z, atol=1e-6)
+    expected = 0.5 * ((z - found.z) ** 2).mean((1, 2))
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
+    pull = jax.grad(lambda z: quantizer.apply(variables, z, ALL).loss.sum())(z)
+    np.testing.assert_allclose(pull, 0.5 * 2 / 6 * (z - found.z), rtol=1e-4, atol=1e-7)
+
+
+def moved(quantizer, variables, z, valid=ALL, seed=0):
+    return quantizer.apply(
+        variables, z, valid, train=True, mutable=["codebook"],
+        rngs={"codebook": jax.random.key(seed)},
+    )[1]["codebook"]  # fmt: skip
+
+
+def test_the_codebook_follows_the_means_of_what_comes_to_it():
+    quantizer, z = VectorQuantizer(3, decay=0.9, restart_below=0.0), draw(0, 4, 5, 2)
+    variables = book(draw(1, 3, 2), [4.0, 5.0, 6.0])
+    valid = jnp.array([True, False, True, True])
+    new = moved(quantizer, variables, z.at[1].set(jnp.nan), valid)
+    index = quantizer.apply(variables, z, ALL).indices
+    for code in range(3):
+        mine = np.concatenate([np.asarray(z[b])[index[b] == code] for b in (0, 2, 3)])
+        count = 0.9 * float(variables["codebook"]["counts"][code]) + 0.1 * len(mine)
+        total = 0.9 * np.asarray(variables["codebook"]["sums"][code]) + 0.1 * mine.sum(0)
+        np.testing.assert_allclose(new["counts"][code], count, rtol=1e-5)
+        np.testing.assert_allclose(new["sums"][code], total, rtol=1e-4, atol=1e-6)
+    # Nothing valid, and evaluation: nothing moves.
+    still = moved(quantizer, variables, z, jnp.zeros(4, bool))
+    jax.tree.map(np.testing.assert_array_equal, still, variables["codebook"])
+    # With the same data the vectors end at the means of their cells (k-means).
+    for _ in range(200):
+        variables = {"codebook": moved(quantizer, variables, z)}
+    index = quantizer.apply(variables, z, ALL).indices
+    vectors = quantizer.vectors(variables, jnp.arange(3))
+    for code in np.unique(index):
+        np.testing.assert_allclose(vectors[code], z[index == code].mean(0), atol=1e-4)
+
+
+def test_dead_codes_begin_anew_on_valid_data_each_on_its_own():
+    quantizer = VectorQuantizer(4, decay=0.9, restart_below=0.1)
+    variables = book([[0.0, 0], [100, 0], [200, 0], [300, 0]], [10, 10, 0.01, 0.01])
+    z = jnp.concatenate([draw(0, 3, 4, 2), jnp.full((1, 4, 2), 250.0)])
+    valid = jnp.array([True, True, True, False])
+    new = moved(quantizer, variables, z, valid)
+    vectors = quantizer.vectors({"codebook": new}, jnp.arange(4))
+    data = np.asarray(z[:3]).reshape(-1, 2)
+    rows = [np.abs(data - np.asarray(vectors[code])).sum(1).argmin() for code in (2, 3)]
+    np.testing.assert_allclose(vectors[2:], data[rows], rtol=1e-5)
+    assert rows[0] != rows[1]
+    # As many as they would have if all were used alike, before they were restarted.
+    old = 0.9 * np.array([10, 10, 0.01, 0.01]) + 0.1 * np.array([12, 0, 0, 0])
+    np.testing.assert_allclose(new["counts"][2:], old.mean(), rtol=1e-5)
+    np.testing.assert_allclose(vectors[1], [100, 0], rtol=1e-5)
+    other = quantizer.vectors({"codebook": moved(quantizer, variables, z, valid, 1)}, jnp.arange(4))
+    assert not np.allclose(other[2:], vectors[2:])
+    # Fewer valid vectors than dead codes: some are shared, none is invented.
+    few = moved(quantizer, book(200 + draw(3, 4, 2), [0.0] * 4), z[:1, :1].repeat(4, 0), ALL)
+    np.testing.assert_allclose(few["sums"] / few["counts"][:, None], z[0, :1].repeat(4, 0))
+
+
+def test_a_new_codebook_begins_with_data():
+    quantizer, z = VectorQuantizer(8), 50 + draw(0, 4, 9, 2)
+    variables = quantizer.init(jax.random.key(0), z, ALL)
+    assert set(variables) == {"codebook"}
+    new = {"codebook": moved(quantizer, variables, z)}
+    vectors = quantizer.vectors(new, jnp.arange(8))
+    assert np.abs(vectors - 50).max() < 5
+    assert len(np.unique(quantizer.apply(new, z, ALL).indices)) >= 7
+
+
+@pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 5, 5, 4)])
+def test_indices_of_finite_scalars_are_a_round_trip(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    assert quantizer.size == np.prod(levels)
+    every = jnp.arange(quantizer.size)
+    codes = quantizer.vectors({}, every)
+    assert len(np.unique(np.asarray(codes), axis=0)) == quantizer.size
+    assert codes.min() == -1 and codes.max() <= 1
+    # What the codes are made from, put through again: any z that is bounded to this level.
+    half = np.array(levels) // 2
+    offset = np.array([0.0 if n % 2 else 0.5 for n in levels])
+    scale = (np.array(levels) - 1) * (1 - 1e-3) / 2
+    inside = np.clip((codes * half + offset) / scale, -1 + 1e-4, 1 - 1e-4)
+    z = np.arctanh(inside) - np.tan(offset / scale)
+    found = quantizer.apply({}, jnp.asarray(z, jnp.float32), jnp.ones(len(z), bool))
+    np.testing.assert_array_equal(found.indices, every)
+    np.testing.assert_allclose(found.z, codes, atol=1e-6)
+    # Huge values are the outermost levels, and 0 is 0.
+    ends = jnp.stack([jnp.full(len(levels), v) for v in (-1e4, 1e4, 0.0)])
+    found = quantizer.apply({}, ends, jnp.ones(3, bool))
+    assert list(found.indices[:2]) == [0, quantizer.size - 1]
+    np.testing.assert_allclose(found.z[2], 0, atol=1e-6)
+
+
+def test_the_gradient_of_finite_scalars_is_that_of_the_bound():
+    quantizer, z = FiniteScalarQuantizer((5, 4)), draw(0, 4, 2)
+    found = jax.vmap(jax.jacobian(lambda z: quantizer.apply({}, z[None], ALL[:1]).z[0]))(z)
+    scale, offset = np.array([4, 3]) * 0.999 / 2, np.array([0, 0.5])
+    slope = scale * (1 - np.tanh(np.asarray(z) + np.tan(offset / scale)) ** 2) / 2
+    np.testing.assert_allclose(found, [np.diag(row) for row in slope], rtol=1e-4, atol=1e-7)
+
+
+def test_perplexity_and_usage_count_valid_rows_alone():
+    indices = jnp.array([[0, 1], [2, 3], [3, 3]])
+    valid = jnp.array([True, True, False])
+    assert perplexity(indices, valid, 8) == pytest.approx(4, rel=1e-6)
+    assert perplexity(indices, ~valid, 8) == pytest.approx(1, rel=1e-6)
+    assert perplexity(indices, valid & ~valid, 8) == 1
+    usage = CodeUsage(8)
+    assert usage.result() == {"codes_used": 0, "code_perplexity": 1}
+    usage.add({"indices": indices}, {"valid": valid})
+    usage.add({"indices": indices}, {"valid": ~valid})
+    share = np.array([1, 1, 1, 3]) / 6
+    expected = np.exp(-(share * np.log(share)).sum())
+    assert usage.result() == {
+        "codes_used": 4, "code_perplexity": pytest.approx(expected),
+    }  # fmt: skip
+    bars = usage.pictures()["codes"][..., 0]
+    assert bars.shape == (64, 32) and set(np.unique(bars)) == {0, 1}
+    assert list(bars[:, 1::4].sum(0)) == [64, 21, 21, 21, 0, 0, 0, 0]
+
+
+def test_what_cannot_be_is_said():
+    for fields, message in (
+        (dict(size=0), "size is 0"),
+        (dict(decay=1.0), "decay is 1.0; it must be in"),
+        (dict(commitment=-1.0), "commitment is -1.0"),
+        (dict(restart_below=-1.0), "restart_below is -1.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            VectorQuantizer(**fields)
+    with pytest.raises(InputError, match="each must be 2 or more"):
+        FiniteScalarQuantizer((3, 1))
+    with pytest.raises(InputError, match="are 2 channels, but the encoder gives 3"):
+        FiniteScalarQuantizer((3, 3)).apply({}, jnp.zeros((1, 3)), ALL[:1])
+    with pytest.raises(InputError, match="codes from 0 to 9"):
+        CodeUsage(9).add({"indices": np.array([[0, 9]])}, {"valid": np.ones(1, bool)})
+    with pytest.raises(InputError, match="size is 0"):
+        CodeUsage(0)
