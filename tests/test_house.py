@@ -54,7 +54,7 @@ def test_what_is_imported_is_declared():
     names = lambda lines: {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}  # noqa: E731
     declared = names((ROOT / "requirements.txt").read_text().split())
     extras = project["project"]["optional-dependencies"]
-    declared |= names(extras["tfds"]) | names(extras["wandb"])
+    declared |= names(extras["tfds"]) | names(extras["wandb"]) | names(extras["diffusion"])
     owners = importlib.metadata.packages_distributions()
     for path in [ROOT / "main.py", *(ROOT / "cvjax").rglob("*.py")]:
         for dotted in imports(path):

@@ -34,7 +34,8 @@ from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
 from cvjax.nn.inception import InceptionV3
 from cvjax.nn.pretrained import load_pretrained
-from cvjax.train.loop import evaluate, load_state
+from cvjax.train.evaluation import evaluate
+from cvjax.train.loop import load_state
 from cvjax.train.restore import load_params
 
 ROOT = Path(__file__).parents[2]
