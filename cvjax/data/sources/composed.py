@@ -2,7 +2,7 @@
 
 Record i is a function of (seed, i) alone, so that threads, worker processes and resuming change
 nothing. Each record of the given source leads `variants` of them, which differ in all that is
-drawn: epochs are that much longer, and no picture comes twice before.
+drawn: an epoch is that much longer, and no picture comes twice in it.
 """
 
 import dataclasses

@@ -49,9 +49,8 @@ def mosaic(
     for number, example in enumerate(examples):
         top, bottom = (row, height) if number >= 2 else (0, row)
         left, right = (column, width) if number % 2 else (0, column)
-        part = real_objects(example)
         part = geometry.random_scale_crop(
-            part, rng, size=(bottom - top, right - left), scale=scale, fill=fill
+            example, rng, size=(bottom - top, right - left), scale=scale, fill=fill
         )
         parts.append(fields.crop(part, -top, -left, height, width, fill))
         window = slice(top, bottom), slice(left, right)
@@ -132,7 +131,8 @@ def copy_paste(
 
 
 def _joined(examples: Sequence[Example]) -> Example:
-    """The first example with the objects of all, in their order."""
+    """The first example with the objects of all, in their order and without padding."""
+    examples = [real_objects(example) for example in examples]
     names = names_of_objects(examples[0])
     for example in examples[1:]:
         if set(names_of_objects(example)) != set(names):
