@@ -6,6 +6,9 @@ files come with a package.
 
     pip install --no-deps deepforest==2.1.0
     python main.py --config=configs/trees.py
+
+Measured (seed 0, untuned): box AP .055, AP50 .196 on the two held-out photographs,
+in 193 CPU-seconds.
 """
 
 from ml_collections import ConfigDict
