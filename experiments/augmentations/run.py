@@ -18,6 +18,7 @@ from cvjax import draw
 from cvjax.data.transforms import (
     batched,
     colour,
+    composing,
     defaults,
     erasing,
     fields,
@@ -108,6 +109,24 @@ def annotated() -> dict[str, np.ndarray]:
     }
 
 
+def annotated_flower() -> dict[str, np.ndarray]:
+    """The photograph of a flower with its mask, its box and three points: what has its colour."""
+    image = photograph("flower.jpg")
+    red, green = image[..., 0].astype(int), image[..., 1]
+    # The blooms are the only things in it that are red; that below is another one.
+    mask = (red > 120) & (red > 1.3 * green) & (np.arange(HEIGHT)[:, None] < 77)
+    y, x = np.nonzero(mask)
+    corners = [(x.min(), y.min()), (x.max(), y.max())]
+    points = np.array([(x[y.argmin()], y.min()), (x.mean(), y.mean()), (x[y.argmax()], y.max())])
+    return {
+        "image": image,
+        "masks": mask[None],
+        "boxes": np.float32([[*corners[0], corners[1][0] + 1, corners[1][1] + 1]]),
+        "box_labels": np.array([2]),
+        "keypoints": np.float32(np.concatenate([points + 0.5, np.ones((3, 1))], axis=1)[None]),
+    }
+
+
 def drawn(example: dict[str, np.ndarray]) -> np.ndarray:
     """The image with everything that is known of it, float [h, w, 3]."""
     picture, labels = example["image"] / 255, example.get("box_labels")
@@ -135,6 +154,21 @@ def tiles(seed: int) -> dict[str, np.ndarray]:
     small = draw.grid(views["image_small"] / 255, columns=2, padding=1)
     large = np.pad(views["image_large"][0] / 255, ((0, len(small) - 72), (0, 0), (0, 0)))
     result["multi-crop"] = np.concatenate([large, small], axis=1)
+
+    others = [given, fields.flip(given), fields.quarter_turn(given, 1)]
+    composed = composing.mosaic([given, *others], rng, size=(HEIGHT, WIDTH), fill=128)
+    result["mosaic"] = drawn(composed)
+    flower, jitter = annotated_flower(), partial(geometry.random_scale_crop, size=(HEIGHT, WIDTH))
+    result["flower"] = drawn(flower)
+    result["copy-paste"] = drawn(composing.copy_paste(given, flower, rng, share=1.0))
+    result["copy-paste, jitter"] = drawn(
+        composing.copy_paste(
+            jitter(given, rng, scale=(0.6, 1.2)),
+            jitter(flower, rng, scale=(0.5, 1.0)),
+            rng,
+            share=1.0,
+        )
+    )
 
     pair = np.stack([photograph("china.jpg"), photograph("flower.jpg")]).astype(np.float32) / 255
     key = jax.random.key(seed)

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
+from cvjax import config
+from cvjax.build import build
 from cvjax.data.loader import Loader
 from cvjax.data.sources import example_id
 from cvjax.data.sources.coco import Coco, mirrored_points
-from cvjax.data.transforms import fields
+from cvjax.data.transforms import defaults, fields
 from cvjax.detection.evaluate import CocoEvaluator
 from cvjax.errors import InputError
 from tests.data.detection_sets import CATEGORIES, write_coco
@@ -424,6 +427,43 @@ def test_mutated_text_is_records_or_refused(fuzzed, cuts):
     except InputError:
         return
     check_records(found)
+
+
+def test_augmented_batches_have_one_shape_whatever_is_left_in_the_images(photographs):
+    root, _ = photographs
+    found = source(root, masks=True, keypoints=True, max_instances=4)
+    usual = partial(defaults.detection, size=(64, 80), scale=(0.3, 3.0))
+    counts, shapes = set(), set()
+    for number, batch in enumerate(Loader(found, 5, transforms=[usual]).iterate()):
+        shapes.add(tuple((name, value.shape, value.dtype) for name, value in batch.items()))
+        counts |= set(batch["box_valid"].sum(axis=1).tolist())
+        for k in range(5):
+            count = batch["box_valid"][k].sum()
+            assert batch["box_valid"][k, :count].all()
+            boxes = batch["boxes"][k, :count]
+            assert (boxes >= 0).all() and (boxes <= [80, 64, 80, 64]).all()
+            assert not batch["boxes"][k, count:].any() and not batch["masks"][k, count:].any()
+            area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+            assert (batch["area"][k, :count] <= 1.01 * area).all()
+        if number == 15:
+            break
+    assert len(shapes) == 1 and counts == {0, 1, 2}
+
+
+def test_mosaic_and_copy_paste_of_a_set_by_flags_alone(photographs):
+    root, _ = photographs
+    recipe = config.read(f"{ROOT / 'configs/retinanet.py'}:tiny")
+    for kind, more in (("Mosaic", []), ("CopyPaste", [("source.masks", "True")])):
+        flags = [
+            ("type", f"data.sources.composed.{kind}"), ("size", "96"), ("max_instances", "9"),
+            ("source.type", "data.sources.coco.Coco"), ("source.images", str(root / "images")),
+            ("source.annotations", str(root / "annotations.json")), *more,
+        ]  # fmt: skip
+        given = config.override(recipe, [(f"data.train.{name}", text) for name, text in flags])
+        made = build(config.buildable(given))["data"]["train"]
+        batch = next(Loader(made, 4).iterate())
+        assert batch["image"].shape == (4, 96, 96, 3) and batch["boxes"].shape == (4, 9, 4)
+        assert made.class_names == CATEGORIES and batch["box_valid"].any()
 
 
 def test_a_detector_trains_on_a_set_in_this_format_by_flags_alone(photographs, tmp_path, capfd):

@@ -1,3 +1,4 @@
+import logging
 import pathlib
 import pickle
 import sys
@@ -8,7 +9,7 @@ from PIL import Image
 
 import main
 from cvjax.data.loader import Loader
-from cvjax.data.sources.tfds import Tfds
+from cvjax.data.sources.tfds import Tfds, TfdsDetection
 from cvjax.errors import InputError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -134,3 +135,107 @@ def test_a_prepared_dataset_under_main(data_dir, tmp_path, capfd):
     assert "examples/s" in capfd.readouterr().err and not (tmp_path / "run").exists()
     assert main.main([*flags, "--config.task.model.num_classes=2"]) == 0
     assert (tmp_path / "run/metrics.jsonl").exists()
+
+
+def feature(**more):
+    names = tfds.features.ClassLabel(names=["cat", "dog", "hen"])
+    one = {"bbox": tfds.features.BBoxFeature(), "label": names, **more}
+    return tfds.features.FeaturesDict({
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "objects": tfds.features.Sequence(one),
+    })  # fmt: skip
+
+
+# ymin, xmin, ymax, xmax of images of 8 x 20 pixels; the numbers of objects are 0, 1 and 2.
+BOXES = [(0.0, 0.25, 0.5, 1.0), (0.25, 0.0, 1.0, 0.1)]
+
+
+class TinyObjects(tfds.core.GeneratorBasedBuilder):
+    """Three images in the format of "coco", or of "voc"."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="coco", version="1.0.0"),
+        tfds.core.BuilderConfig(name="voc", version="1.0.0"),
+        tfds.core.BuilderConfig(name="bad", version="1.0.0"),
+    ]  # fmt: skip
+
+    def _info(self):
+        if self.builder_config.name == "coco":
+            more = {"area": np.int64, "is_crowd": np.bool_, "id": np.int64}
+        else:
+            more = {"is_truncated": np.bool_, "is_difficult": np.bool_}
+        return tfds.core.DatasetInfo(builder=self, features=feature(**more))
+
+    def _split_generators(self, download_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):
+            objects = []
+            for k, box in enumerate(BOXES[:i]):
+                if self.builder_config.name == "bad":
+                    box = (0.5, 0.5, 0.5, 0.7)
+                one = {"bbox": tfds.features.BBox(*box), "label": 2 - k}
+                if self.builder_config.name == "coco":
+                    one |= {"area": 7 + k, "is_crowd": k == 1, "id": k}
+                else:
+                    one |= {"is_truncated": True, "is_difficult": k == 1}
+                objects.append(one)
+            image = Image.fromarray(np.full((8, 20, 3), i + 1, np.uint8))
+            yield i, {"image": image, "objects": objects}
+
+
+@pytest.fixture(scope="module")
+def objects_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("objects")
+    for name in ("coco", "voc", "bad"):
+        TinyObjects(config=name, data_dir=path, file_format="array_record").download_and_prepare()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_boxes_of_a_prepared_dataset(objects_dir, kind):
+    source = TfdsDetection(f"tiny_objects/{kind}", data_dir=objects_dir, max_instances=3)
+    assert len(source) == 3 and source.class_names == ("cat", "dog", "hen")
+    for one in (source, pickle.loads(pickle.dumps(source))):
+        records = sorted((one[i] for i in range(3)), key=lambda record: record["image"].max())
+        for i, record in enumerate(records):
+            assert record["image"].shape == (8, 20, 3) and (record["image"] == i + 1).all()
+            assert record["box_valid"].tolist() == [k < i for k in range(3)]
+            # 8 high, 20 wide: y and x change places.
+            expected = np.array([[5, 0, 20, 4], [0, 2, 2, 8], [0, 0, 0, 0]], np.float32)
+            expected[i:] = 0
+            np.testing.assert_allclose(record["boxes"], expected, rtol=1e-6)
+            assert record["box_label"].tolist() == ([2, 1, 0] if i == 2 else [2 * (i > 0), 0, 0])
+            is_second = [False, i == 2, False]
+            for name, is_there in (("crowd", "coco"), ("ignore", "voc")):
+                assert record[name].tolist() == (is_second if kind == is_there else 3 * [False])
+            areas = [7, 8] if kind == "coco" else [60, 12]
+            np.testing.assert_allclose(record["area"][:i], areas[:i], rtol=1e-6)
+    batch = next(Loader(source, 3).iterate())
+    assert batch["boxes"].shape == (3, 3, 4) and batch["image"].shape == (3, 8, 20, 3)
+
+
+def test_boxes_are_scaled_counted_and_checked(objects_dir, caplog):
+    options = dict(data_dir=objects_dir, image_size=10, max_instances=1)
+    source = TfdsDetection("tiny_objects/coco", **options)
+    with caplog.at_level(logging.WARNING, "cvjax"):
+        records = [source[i] for i in range(3)]
+    assert {record["image"].shape for record in records} == {(10, 10, 3)}
+    (full,) = (record for record in records if record["image"].max() == 3)
+    np.testing.assert_allclose(full["boxes"], [[2.5, 0, 10, 2]], rtol=1e-6)
+    np.testing.assert_allclose(full["area"], [7 / 4], rtol=1e-6)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "tiny_objects/coco (train): 1 images have more than max_instances=1 objects" in said
+    bad = TfdsDetection("tiny_objects/bad", data_dir=objects_dir)
+    number = next(i for i in range(3) if bad._data[i]["image"].max() == 2)
+    with pytest.raises(InputError, match=rf"record {number}, object 0: its box .* has no area"):
+        bad[number]
+    with pytest.raises(InputError, match="max_instances=0"):
+        TfdsDetection("tiny_objects/coco", data_dir=objects_dir, max_instances=0)
+
+
+def test_a_dataset_without_boxes(data_dir):
+    with pytest.raises(InputError, match="tiny_pictures has no feature 'objects'"):
+        TfdsDetection("tiny_pictures", data_dir=data_dir)

@@ -2,10 +2,13 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from cvjax.data.sources import Example
+from cvjax.data.sources.instances import LeftOut, check_box, check_settings, record
+from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError, nearest
 
 
@@ -36,35 +39,10 @@ class Tfds:
     label_key: str | None = "label"
 
     def __post_init__(self) -> None:
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError:
-            raise InputError(
-                "tensorflow_datasets is not installed: pip install 'cvjax[tfds]'"
-            ) from None
-        try:
-            # From the files alone: `tfds.builder` would ask the network about what is not there.
-            builder = tfds.core.read_only_builder.builder_from_files(
-                self.name, data_dir=self.data_dir
-            )
-        except tfds.core.registered.DatasetNotFoundError:
-            raise InputError(f"{self.name} is not prepared here{self._remedy()}") from None
         keys = {"image": self.image_key, "label": self.label_key}
         keys = {name: key for name, key in keys.items() if key is not None}
-        for key in keys.values():
-            if key not in builder.info.features:
-                raise InputError(
-                    f"{self.name} has no feature {key!r}{nearest(key, builder.info.features)}"
-                )
-        try:
-            data = builder.as_data_source(split=self.split)
-        except ValueError as error:
-            raise InputError(f"split={self.split!r} of {self.name}: {error}") from None
-        except NotImplementedError:
-            raise InputError(
-                f"{self.name} is prepared, but not as ArrayRecord files{self._remedy()}"
-            ) from None
-        label = builder.info.features[self.label_key] if self.label_key else None
+        features, data = _open(self.name, self.split, self.data_dir, tuple(keys.values()))
+        label = features[self.label_key] if self.label_key else None
         object.__setattr__(self, "class_names", tuple(getattr(label, "names", None) or ()))
         object.__setattr__(self, "_keys", keys)
         object.__setattr__(self, "_data", data)
@@ -83,10 +61,116 @@ class Tfds:
         # A worker process opens the files itself.
         return Tfds, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
-    def _remedy(self) -> str:
-        where = f", data_dir={str(self.data_dir)!r}" if self.data_dir else ""
-        return (
-            '; this downloads and prepares it: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder({self.name!r}{where}, file_format='array_record')"
-            '.download_and_prepare()"'
+
+@dataclasses.dataclass(frozen=True)
+class TfdsDetection:
+    """A dataset with boxes, as "voc/2007" or "coco/2017", prepared as ArrayRecord files.
+
+    Records are those of `cvjax.data.sources.instances`. The boxes are `bbox` in the feature
+    `objects`, ymin, xmin, ymax, xmax in parts of the image; `is_crowd` and `area` are taken from
+    there, and what `is_difficult` is ignored, where the dataset has these.
+
+    Attributes:
+        name, split, data_dir: as in `Tfds`.
+        image_size: None keeps each image as it is, so that batches need a transform that resizes;
+            else it is scaled to fit inside (height, width), or the side of a square.
+        max_instances: rows of a record. As records are read, it is said how many objects are left
+            out for that.
+
+    Raises:
+        InputError: as in `Tfds`; a number makes no sense. Of a record: a box without area, or a
+            label that is no class.
+    """
+
+    name: str
+    split: str = "train"
+    data_dir: str | pathlib.Path | None = None
+    image_size: Size | None = None
+    max_instances: int = 100
+
+    def __post_init__(self) -> None:
+        check_settings(3, self.image_size, self.max_instances, 1)
+        features, data = _open(self.name, self.split, self.data_dir, ("image", "objects"))
+        objects = features["objects"].feature
+        for key in ("bbox", "label"):
+            if key not in objects:
+                raise InputError(
+                    f"the objects of {self.name} have no {key!r}{nearest(key, objects)}"
+                )
+        object.__setattr__(self, "class_names", tuple(objects["label"].names))
+        object.__setattr__(self, "_data", data)
+        left_out = LeftOut(f"{self.name} ({self.split})", self.max_instances)
+        object.__setattr__(self, "_left_out", left_out)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        stored = self._data[index]
+        image, objects = np.asarray(stored["image"]), stored["objects"]
+        height, width = image.shape[:2]
+        labels = np.asarray(objects["label"], np.int64).reshape(-1)
+        relative = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
+        boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height]
+        where = f"{self.name} ({self.split}), record {index}, object"
+        for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+            if not np.isfinite(box).all():
+                raise InputError(f"{where} {number}: its box {box.tolist()} is not finite")
+            if not 0 <= label < len(self.class_names):
+                raise InputError(f"{where} {number}: its label {label} is no class")
+            try:
+                check_box(box, height, width, f"its box {box.round(3).tolist()} (x1, y1, x2, y2)")
+            except ValueError as error:
+                raise InputError(f"{where} {number}: {error}") from None
+        self._left_out.add(len(boxes))
+        return record(
+            image,
+            boxes,
+            labels,
+            crowd=objects.get("is_crowd"),
+            ignore=objects.get("is_difficult"),
+            area=objects.get("area"),
+            rows=self.max_instances,
+            image_size=self.image_size,
         )
+
+    def __reduce__(self) -> tuple:
+        # A worker process opens the files itself.
+        return TfdsDetection, tuple(getattr(self, one.name) for one in dataclasses.fields(self))
+
+
+def _open(
+    name: str, split: str, data_dir: str | pathlib.Path | None, keys: tuple[str, ...]
+) -> tuple[Any, Any]:
+    """The features of a prepared dataset, which must have these, and the records of a split."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise InputError(
+            "tensorflow_datasets is not installed: pip install 'cvjax[tfds]'"
+        ) from None
+    remedy = _remedy(name, data_dir)
+    try:
+        # From the files alone: `tfds.builder` would ask the network about what is not there.
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError:
+        raise InputError(f"{name} is not prepared here{remedy}") from None
+    features = builder.info.features
+    for key in keys:
+        if key not in features:
+            raise InputError(f"{name} has no feature {key!r}{nearest(key, features)}")
+    try:
+        return features, builder.as_data_source(split=split)
+    except ValueError as error:
+        raise InputError(f"split={split!r} of {name}: {error}") from None
+    except NotImplementedError:
+        raise InputError(f"{name} is prepared, but not as ArrayRecord files{remedy}") from None
+
+
+def _remedy(name: str, data_dir: str | pathlib.Path | None) -> str:
+    where = f", data_dir={str(data_dir)!r}" if data_dir else ""
+    return (
+        '; this downloads and prepares it: python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}{where}, file_format='array_record')"
+        '.download_and_prepare()"'
+    )

@@ -46,12 +46,19 @@ def segmentation_eval(example: Example, rng: np.random.Generator, *, size: Size 
     return geometry.resize_and_pad(example, rng, size=size)
 
 
-def detection(example: Example, rng: np.random.Generator, *, size: Size = 640) -> Example:
+def detection(
+    example: Example,
+    rng: np.random.Generator,
+    *,
+    size: Size = 640,
+    scale: tuple[float, float] = (0.1, 2.0),
+) -> Example:
     """Large-scale jitter (https://arxiv.org/abs/2012.07177), mirrored or not.
 
-    Boxes of which less than a pixel is left are dropped.
+    Boxes of which less than a pixel is left are dropped. In the mirror keypoints swap as the
+    example's `keypoint_swap` says. For mosaic and copy-paste see `cvjax.data.sources.composed`.
     """
-    example = geometry.random_scale_crop(example, rng, size=size, scale=(0.1, 2.0))
+    example = geometry.random_scale_crop(example, rng, size=size, scale=scale)
     example = geometry.random_flip(example, rng)
     return geometry.drop_small_boxes(example, rng) if "boxes" in example else example
 

@@ -73,6 +73,10 @@ def painted(row, column, height=41, width=33, channels=3):
         "masks": is_object[None],
         "boxes": np.float32([[column - 1, row - 1, column + 2, row + 2]]),
         "box_labels": np.int32([5]),
+        "crowd": np.bool_([True]),
+        "ignore": np.bool_([False]),
+        "area": np.float32([9]),
+        "scale": np.float32(1),
         "keypoints": np.float32([[[column + 0.5, row + 0.5, 2]]]),
         "label": np.int32(3),
     }
@@ -101,6 +105,7 @@ def test_a_painted_pixel_lands_on_its_point(name):
         objects = len(result["boxes"])
         assert len(result["masks"]) == len(result["box_labels"]) == len(result["keypoints"])
         assert len(result["keypoints"]) == objects and result["masks"].shape[1:] == (height, width)
+        assert len(result["crowd"]) == len(result["ignore"]) == len(result["area"]) == objects
         assert result["label"] == 3
         if not objects:
             if name != "detection":  # it also drops what is left of an object, if that is small
@@ -111,6 +116,9 @@ def test_a_painted_pixel_lands_on_its_point(name):
             continue
         seen += 1
         assert result["keypoints"][0, 0, 2] == 2 and result["box_labels"].tolist() == [5]
+        assert result["crowd"].tolist() == [True] and result["ignore"].tolist() == [False]
+        if name not in ("perspective", "in order"):  # no one scale; a box around a box around it
+            assert result["area"][0] == pytest.approx(9 * result["scale"] ** 2, rel=1e-4)
         assert x1 <= point[0] <= x2 and y1 <= point[1] <= y2
         image = np.where(result["image"][..., 0] > 9, result["image"][..., 0], 0)
         # What takes the nearest pixel twice may be off by half a pixel each time.
@@ -126,6 +134,78 @@ def test_a_painted_pixel_lands_on_its_point(name):
     assert seen >= 5
 
 
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_a_padded_example_keeps_its_rows_and_is_else_the_same(name):
+    """Whatever is in the rows of padding, those that are left come first and zeros after them."""
+    given = scene(41, 33, objects=6, seed=4)
+    plain = {**given, "box_valid": np.ones(6, bool)}
+    valid = np.array([True, False, True, True, False, False])
+    garbage = {**given, "box_valid": valid}
+    real = {k: v[valid] if k in OBJECTS else v for k, v in given.items()}
+    seen = 0
+    for seed in range(8):
+        expected = GEOMETRIC[name](real, np.random.default_rng(seed))
+        result = GEOMETRIC[name](garbage, np.random.default_rng(seed))
+        count = len(expected["boxes"])
+        seen += count
+        assert result["box_valid"].tolist() == [k < count for k in range(6)]
+        for field, value in expected.items():
+            if field in OBJECTS:
+                np.testing.assert_array_equal(result[field][:count], value, err_msg=field)
+                assert len(result[field]) == 6
+                assert not np.any(result[field][count:].astype(bool)), field
+            else:
+                np.testing.assert_array_equal(result[field], value, err_msg=field)
+    assert seen
+    assert len(GEOMETRIC[name](plain, np.random.default_rng(0))["boxes"]) == 6
+
+
+def test_the_area_is_that_of_the_part_of_the_box_that_is_left():
+    given = {
+        "image": np.zeros((20, 40, 3), np.uint8), "boxes": np.float32([[10, 5, 30, 15]]),
+        "area": np.float32([80]), "scale": np.float32(0.5),
+    }  # fmt: skip
+    half = fields.crop(given, 0, 20, 20, 20)
+    assert half["area"].tolist() == [40] and half["scale"] == 0.5
+    double = fields.resize(given, (40, 80))
+    assert double["area"].tolist() == [320] and double["scale"] == 1
+    stretched = fields.resize(given, (20, 80))
+    assert stretched["area"].tolist() == [160]
+    assert stretched["scale"] == pytest.approx(0.5 * 2**0.5)
+    for one in (half, double, stretched):
+        assert one["area"].dtype == one["scale"].dtype == np.float32
+    assert fields.quarter_turn(given, 1)["area"].tolist() == [80]
+    # A perspective enlarges what is near: the areas of small boxes are those of their corners.
+    matrix = geometry.perspective_matrix(
+        [[0, 0], [40, 0], [40, 20], [0, 20]], [[2, 1], [39, 3], [36, 19], [1, 15]]
+    )
+    boxes = np.float32([[5, 5, 5.5, 5.5], [30, 12, 30.5, 12.5]])
+    small = {"image": given["image"], "boxes": boxes, "area": np.float32([0.25, 0.25])}
+    corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
+    x, y = np.moveaxis(fields.moved_points(matrix, corners), -1, 0)
+    expected = abs((x * np.roll(y, -1, 1) - y * np.roll(x, -1, 1)).sum(axis=1)) / 2
+    np.testing.assert_allclose(fields.warp(small, matrix)["area"], expected, rtol=1e-3)
+    assert expected[0] != pytest.approx(expected[1], rel=0.05)
+
+
+def test_an_example_knows_what_its_points_become_in_a_mirror():
+    given = {**scene(), "keypoint_swap": np.int32([1, 0, 2, 3])}
+    expected = fields.flip(scene(), swap=(1, 0, 2, 3))
+    np.testing.assert_array_equal(fields.flip(given)["keypoints"], expected["keypoints"])
+    other = fields.flip(given, swap=(0, 1, 3, 2))
+    np.testing.assert_array_equal(
+        other["keypoints"], fields.flip(scene(), swap=(0, 1, 3, 2))["keypoints"]
+    )
+    with pytest.raises(InputError, match="must name each of the 4 keypoints once"):
+        fields.flip({**scene(), "keypoint_swap": np.int32([0, 0, 2, 3])})
+
+
+OBJECTS = (
+    "boxes", "box_labels", "box_names", "box_valid", "masks", "keypoints", "crowd", "ignore",
+    "area",
+)  # fmt: skip
+
+
 def scene(height=9, width=12, channels=3, objects=3, seed=0):
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.uniform(0, 1, (objects, 2, 2)), axis=1) * [width, height]
@@ -136,6 +216,9 @@ def scene(height=9, width=12, channels=3, objects=3, seed=0):
         "boxes": corners.reshape(objects, 4).astype(np.float32),
         "box_labels": np.arange(objects, dtype=np.int32),
         "box_names": np.array([f"object {i}" for i in range(objects)]),
+        "crowd": np.arange(objects) % 2 == 1,
+        "ignore": np.arange(objects) % 3 == 1,
+        "area": np.arange(1, objects + 1, dtype=np.float32),
         "keypoints": np.concatenate(
             [rng.uniform(0, 9, (objects, 4, 2)), rng.integers(0, 3, (objects, 4, 1))], axis=-1
         ).astype(np.float32),
