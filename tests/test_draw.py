@@ -182,3 +182,17 @@ def test_boxes_painted_inside_jit_are_those_drawn_outside():
         rows = np.flatnonzero(shown[i])[::-1]  # The first lie on top: they are drawn last.
         expected = draw.boxes(images[i], boxes[i, rows], labels[i, rows])
         np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+
+
+def test_painted_masks_are_those_of_masks_with_the_first_on_top():
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 9, 11, 1), np.float32)
+    masks, labels = rng.random((2, 4, 9, 11)) < 0.4, rng.integers(0, 25, (2, 4))
+    shown = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
+    found = jax.jit(draw.paint_masks)(images, masks, labels, shown)
+    for i in range(2):
+        rows = np.flatnonzero(shown[i])[::-1]
+        expected = draw.masks(images[i], masks[i, rows], labels[i, rows])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+    none = draw.paint_masks(images, masks[:, :0], labels[:, :0], shown[:, :0])
+    np.testing.assert_array_equal(none, np.broadcast_to(images, (2, 9, 11, 3)))
