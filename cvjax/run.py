@@ -15,7 +15,8 @@ from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
 from cvjax.errors import InputError, nearest
-from cvjax.train.loop import eval_loader_of, evaluate, fit, load_state
+from cvjax.train.evaluation import eval_loader_of, evaluate
+from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
 
 log = logging.getLogger("cvjax")

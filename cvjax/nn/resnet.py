@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
+from cvjax.nn.pooling import max_pool
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # depth: (kind of block, number of blocks in each stage), table 1 of the paper.
@@ -225,7 +226,7 @@ class ResNet(nn.Module):
             norm = getattr(self, f"stem_norm{number}")
             x = nn.relu(norm(x, use_running_average=not train, mask=mask))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         maps = {}
         for name in self.strides:
             for block in getattr(self, name):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
+from cvjax.nn.pooling import max_pool
 
 
 class ResNet9(nn.Module):
@@ -67,7 +68,7 @@ class ResNet9(nn.Module):
         maps = {}
         for number, name in enumerate(self.strides, start=1):
             x = block(x, self.width * 2**number, 3, name)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = max_pool(x, (2, 2), (2, 2), ((0, 0), (0, 0)))
             if number != 2:
                 branch = block(x, x.shape[-1], 3, f"{name}_branch1")
                 x = x + block(branch, x.shape[-1], 3, f"{name}_branch2")

@@ -1,15 +1,14 @@
 """`fit`: the one training loop. It takes objects, not a config."""
 
 import collections
-import copy
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,28 +18,16 @@ from cvjax.data.loader import Loader
 from cvjax.errors import InputError
 from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
+from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of, means, pairs
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
 from cvjax.train.optimizer import micro_batches, optimizers_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
-from cvjax.train.task import Metrics, Task
+from cvjax.train.task import Task
 from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
 
 log = logging.getLogger("cvjax")
-
-
-class Evaluator(Protocol):
-    """Needs the outputs for the whole set; must leave out examples that are not `valid`.
-
-    One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
-    """
-
-    def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
-        """Takes what `task.predict` gave for a batch."""
-
-    def result(self) -> dict[str, float]:
-        """The metrics of all that was added."""
 
 
 @dataclass
@@ -186,7 +173,7 @@ def fit(
         made_workdir = False
 
         _describe(task, state, example, mesh, position // micro, workdir)
-        evaluate_state = _Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
+        evaluate_state = Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
         guard, rates = NonFiniteGuard(max_nonfinite), _schedules(optimizer, steps)
         total, saved = steps * micro, None
         result = Result(state, history, None, workdir)
@@ -196,10 +183,7 @@ def fit(
         def collect() -> None:
             """Reads the oldest step's metrics: waiting for it keeps the device's queue short."""
             at, metrics = pending.popleft()
-            metrics = {
-                name: (float(m.total), float(m.count))
-                for name, m in jax.device_get(metrics).items()
-            }
+            metrics = pairs(metrics)
             if guard.check(at, {name: total for name, (total, _) in metrics.items()}):
                 window.append(metrics)
             else:
@@ -236,7 +220,7 @@ def fit(
                 if update % log_every == 0 or ends or evaluating:
                     while pending:
                         collect()
-                    row = {f"train/{name}": value for name, value in _means(window).items()}
+                    row = {f"train/{name}": value for name, value in means(window).items()}
                     row |= {name: float(rate(update)) for name, rate in rates.items()}
                     row |= progress.measure(update, batch_size * micro * scanned)
                     window.clear()
@@ -272,23 +256,6 @@ def fit(
             checkpoints.__exit__(RuntimeError)
         if lock:
             lock.release()
-
-
-def evaluate(
-    task: Task,
-    state: TrainState,
-    data: Any,
-    *,
-    batch_size: int,
-    evaluators: Mapping[str, Evaluator] | None = None,
-    loader: Mapping[str, Any] | None = None,
-    seed: int = 0,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The metrics of the whole of `data`, and pictures; with averaged params where there are."""
-    mesh = sharding.data_mesh()
-    sharding.check_batch_size(batch_size, mesh)
-    batches = eval_loader_of(data, batch_size, loader)
-    return _Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
 
 
 def load_state(
@@ -359,67 +326,6 @@ def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Calla
         out_shardings=sharding.replicated(mesh),
     )
     return make_state, optimizers, averages
-
-
-class _Evaluation:
-    """Compiles what an evaluation needs once, for all evaluations of a run."""
-
-    def __init__(
-        self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int
-    ):
-        self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
-        self.rng = jax.random.key(seed)
-        whole = sharding.replicated(mesh)
-        self.evaluate = jax.jit(task.evaluate, out_shardings=whole)
-        self.predict = jax.jit(task.predict, out_shardings=whole)
-        self.visualize = jax.jit(task.visualize, out_shardings=whole)
-
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        params, model_state = state.averaged_params, state.model_state
-        evaluators = {name: copy.deepcopy(one) for name, one in self.evaluators.items()}
-        sums, pictures = [], {}
-        for number, batch in enumerate(self.loader.iterate()):
-            rng = jax.random.fold_in(self.rng, number)
-            on_device = sharding.put_whole_batch(batch, self.mesh)
-            sums.append(_pairs(self.evaluate(params, model_state, on_device, rng)))
-            if evaluators:
-                outputs = jax.device_get(self.predict(params, model_state, on_device, rng))
-                for evaluator in evaluators.values():
-                    evaluator.add(outputs, batch)
-            if number == 0:
-                pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
-        found = _means(sums)
-        for name, evaluator in evaluators.items():
-            found |= {f"{name}/{metric}": value for metric, value in evaluator.result().items()}
-            if hasattr(evaluator, "pictures"):
-                pictures |= evaluator.pictures()
-        return found, pictures
-
-
-def eval_loader_of(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:
-    """Every held-out example once, in order; `options` are the `loader` of `fit`."""
-    options = dict(options or {})
-    options["transforms"] = options.pop("eval_transforms", ())
-    return Loader(data, batch_size, shuffle=False, epochs=1, last="pad", **options)
-
-
-def _pairs(metrics: Metrics) -> dict[str, tuple[float, float]]:
-    return {name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()}
-
-
-def _means(rows: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """Exact means over several steps; of the `nonfinite/` flags only those that were raised."""
-    totals: dict[str, list[float]] = {}
-    for row in rows:
-        for name, (total, count) in row.items():
-            sums = totals.setdefault(name, [0.0, 0.0])
-            sums[0] += total
-            sums[1] += count
-    return {
-        name: total if name.startswith("nonfinite/") else total / count
-        for name, (total, count) in totals.items()
-        if count and (total or not name.startswith("nonfinite/"))
-    }
 
 
 def _record(writer: Several, history: list, step: int, row: dict[str, float]) -> None:

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import main
 from cvjax import config as configs
 from cvjax.build import build
-from cvjax.train.loop import evaluate, load_state
+from cvjax.train.evaluation import evaluate
+from cvjax.train.loop import load_state
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from cvjax.errors import InputError
+from cvjax.train.evaluation import evaluate
 from cvjax.train.guards import NonFiniteError
-from cvjax.train.loop import evaluate, fit, load_state
+from cvjax.train.loop import fit, load_state
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params

@@ -1,0 +1,106 @@
+"""The metrics and pictures of the whole of the held-out data."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from cvjax.data.loader import Loader
+from cvjax.train import sharding
+from cvjax.train.state import TrainState
+from cvjax.train.task import Metrics, Task
+
+
+class Evaluator(Protocol):
+    """Needs the outputs for the whole set; must leave out examples that are not `valid`.
+
+    One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
+    """
+
+    def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
+        """Takes what `task.predict` gave for a batch."""
+
+    def result(self) -> dict[str, float]:
+        """The metrics of all that was added."""
+
+
+def evaluate(
+    task: Task,
+    state: TrainState,
+    data: Any,
+    *,
+    batch_size: int,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    loader: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The metrics of the whole of `data`, and pictures; with averaged params where there are."""
+    mesh = sharding.data_mesh()
+    sharding.check_batch_size(batch_size, mesh)
+    batches = eval_loader_of(data, batch_size, loader)
+    return Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
+
+
+class Evaluation:
+    """Compiles what an evaluation needs once, for all evaluations of a run."""
+
+    def __init__(
+        self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int
+    ):
+        self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
+        self.rng = jax.random.key(seed)
+        whole = sharding.replicated(mesh)
+        self.evaluate = jax.jit(task.evaluate, out_shardings=whole)
+        self.predict = jax.jit(task.predict, out_shardings=whole)
+        self.visualize = jax.jit(task.visualize, out_shardings=whole)
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The metrics, and the pictures of the first batch and of the evaluators."""
+        params, model_state = state.averaged_params, state.model_state
+        evaluators = {name: copy.deepcopy(one) for name, one in self.evaluators.items()}
+        sums, pictures = [], {}
+        for number, batch in enumerate(self.loader.iterate()):
+            rng = jax.random.fold_in(self.rng, number)
+            on_device = sharding.put_whole_batch(batch, self.mesh)
+            sums.append(pairs(self.evaluate(params, model_state, on_device, rng)))
+            if evaluators:
+                outputs = jax.device_get(self.predict(params, model_state, on_device, rng))
+                for evaluator in evaluators.values():
+                    evaluator.add(outputs, batch)
+            if number == 0:
+                pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
+        found = means(sums)
+        for name, evaluator in evaluators.items():
+            found |= {f"{name}/{metric}": value for metric, value in evaluator.result().items()}
+            if hasattr(evaluator, "pictures"):
+                pictures |= evaluator.pictures()
+        return found, pictures
+
+
+def eval_loader_of(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:
+    """Every held-out example once, in order; `options` are the `loader` of `fit`."""
+    options = dict(options or {})
+    options["transforms"] = options.pop("eval_transforms", ())
+    return Loader(data, batch_size, shuffle=False, epochs=1, last="pad", **options)
+
+
+def pairs(metrics: Metrics) -> dict[str, tuple[float, float]]:
+    """The totals and counts of metrics, on the host."""
+    return {name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()}
+
+
+def means(rows: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Exact means over several steps; of the `nonfinite/` flags only those that were raised."""
+    totals: dict[str, list[float]] = {}
+    for row in rows:
+        for name, (total, count) in row.items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0] += total
+            sums[1] += count
+    return {
+        name: total if name.startswith("nonfinite/") else total / count
+        for name, (total, count) in totals.items()
+        if count and (total or not name.startswith("nonfinite/"))
+    }
