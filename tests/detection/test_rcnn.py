@@ -115,7 +115,9 @@ def step_of(dtype="float32"):
             method(params, model_state, batch, rng) for method in (task.predict, task.visualize)
         ]
 
-    return jax.jit(step), traces
+    # What runs a few times only is not worth the compiler's time.
+    options = None if dtype == "float32" else {"xla_backend_optimization_level": 0}
+    return jax.jit(step, compiler_options=options), traces
 
 
 def run(batch, dtype="float32", seed=1):
