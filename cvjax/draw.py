@@ -178,11 +178,11 @@ def paint_boxes(
 def paint_masks(
     images: jax.Array, masks: jax.Array, labels: jax.Array, shown: jax.Array, opacity: float = 0.5
 ) -> jax.Array:
-    """Blends masks over images [b, h, w, 1 or 3], also inside `jit`.
+    """Blends masks over images [b, h, w, 1 or 3] as `masks` does, also inside `jit`.
 
     Args:
       images: floats.
-      masks: bool [b, n, h, w]; where several cover a pixel the first has it.
+      masks: bool [b, n, h, w]; the first lie on top.
       labels: integers [b, n], which choose the colours from `PALETTE`.
       shown: bool [b, n]; of the others nothing is seen.
       opacity: of the colours.
@@ -192,15 +192,15 @@ def paint_masks(
     """
     images = jnp.asarray(images)
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
-    covered = jnp.asarray(masks) & jnp.asarray(shown)[..., None, None]
-    if covered.shape[1] == 0:
-        return images
-    label = jnp.take_along_axis(
-        jnp.asarray(labels)[..., None, None], jnp.argmax(covered, axis=1)[:, None], axis=1
-    )[:, 0]
-    colors = jnp.asarray(PALETTE)[label % len(PALETTE)]
-    strength = jnp.where(jnp.any(covered, axis=1), opacity, 0.0)[..., None]
-    return images + strength * (colors - images)
+    colors = jnp.asarray(PALETTE)[jnp.asarray(labels) % len(PALETTE)]
+
+    def draw_one(pictures: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        mask, color, is_shown = one
+        strength = opacity * (mask & is_shown[:, None, None])[..., None]
+        return pictures + strength * (color[:, None, None] - pictures), None
+
+    last_first = (jnp.moveaxis(jnp.asarray(x), 1, 0)[::-1] for x in (masks, colors, shown))
+    return jax.lax.scan(draw_one, images, tuple(last_first))[0]
 
 
 def save_png(path: str | os.PathLike, image: ArrayLike) -> None:

@@ -197,3 +197,17 @@ def test_a_table_has_a_line_for_each_row():
     lines = [(1 - higher[22 + 18 * row : 40 + 18 * row, 40:]).sum() for row in range(3)]
     assert lines[0] == lines[2] > 2 * lines[1] > 0
     assert draw.table({"class": []}).shape[0] < picture.shape[0]
+
+
+def test_painted_masks_are_those_of_masks_with_the_first_on_top():
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 9, 11, 1), np.float32)
+    masks, labels = rng.random((2, 4, 9, 11)) < 0.4, rng.integers(0, 25, (2, 4))
+    shown = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
+    found = jax.jit(draw.paint_masks)(images, masks, labels, shown)
+    for i in range(2):
+        rows = np.flatnonzero(shown[i])[::-1]
+        expected = draw.masks(images[i], masks[i, rows], labels[i, rows])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+    none = draw.paint_masks(images, masks[:, :0], labels[:, :0], shown[:, :0])
+    np.testing.assert_array_equal(none, np.broadcast_to(images, (2, 9, 11, 3)))

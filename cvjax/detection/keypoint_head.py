@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from cvjax.detection.deconvolution import Deconvolution
 from cvjax.detection.dense import Detections
 from cvjax.detection.sampling import Samples
+from cvjax.errors import InputError
 from cvjax.nn.bicubic import A
 from cvjax.nn.convolution import convolution
 
@@ -56,7 +57,13 @@ class KeypointHead(nn.Module):
         The cross-entropy over all places of the map. What counts are the points that are visible or
         hidden, not those that were not annotated, within the box. `truth` has "keypoints", float32
         [n, k, 3], x, y in pixels and visibility.
+
+        Raises:
+          InputError: it has none, or another number of them.
         """
+        count = truth["keypoints"].shape[-2] if "keypoints" in truth else "no"
+        if count != self.keypoints:
+            raise InputError(f"KeypointHead: keypoints={self.keypoints}, the batch has {count}")
         side = outputs.shape[1]
         place, counts = heat_map_place(truth["keypoints"][samples.index], samples.boxes, side)
         counts &= samples.foreground[:, None]

@@ -13,6 +13,7 @@ from cvjax.detection.deconvolution import Deconvolution
 from cvjax.detection.dense import Detections
 from cvjax.detection.losses import binary_cross_entropy
 from cvjax.detection.sampling import Samples
+from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 _CHUNK = 16  # masks of the size of the image that are float32 at once
@@ -63,7 +64,12 @@ class MaskHead(nn.Module):
 
         The mean binary cross-entropy of the mask of the true class. `truth` has "masks", bool
         [n, h, w].
+
+        Raises:
+          InputError: it has none.
         """
+        if "masks" not in truth:
+            raise InputError("MaskHead: the batch has no masks; the data must give them")
         label = truth["box_label"][samples.index] + 1
         logits = jnp.take_along_axis(outputs, label[:, None, None, None], 3)[..., 0]
         target = crop_masks(truth["masks"], samples.index, samples.boxes, logits.shape[1])

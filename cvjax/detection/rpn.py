@@ -20,6 +20,7 @@ from cvjax.detection.dense import flatten, level_sizes
 from cvjax.detection.losses import binary_cross_entropy, smooth_l1
 from cvjax.detection.nms import nms
 from cvjax.detection.sampling import Samples, sample
+from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 SMOOTH = 1 / 9  # beta of the smooth L1 loss, as in Detectron and torchvision
@@ -120,8 +121,17 @@ class RPN(nn.Module):
         """Boxes float32 [b, p, 4], the best first, and bool [b, p], False for those of padding.
 
         They have no gradient and lie in the image; padding is 0.
+
+        Raises:
+          InputError: the head has another number of anchors.
         """
         levels = self.anchors(size, strides)
+        count, expected = outputs["logits"].shape[1], sum(len(anchors) for anchors in levels)
+        if count != expected:
+            raise InputError(
+                f"RPN: the head gives {count} logits for {expected} anchors; it needs "
+                f"anchors={len(self.ratios)}, one for each of ratios={self.ratios}"
+            )
 
         def of_image(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, jax.Array]:
             start, boxes, scores, level = 0, [], [], []

@@ -30,14 +30,13 @@ class Detection:
     nor is one of "crowd" or "ignore", bool [b, n], if a batch has these.
 
     Attributes:
-      model: a module with `__call__(x, *, train=False) -> outputs`, arrays [b, ...], and
-        two methods that are functions of these alone: `losses(outputs, truth, size) -> {name:
-        scalar}` and `detections(outputs, size) -> {"boxes": [b, m, 4], "scores": [b, m], "labels":
-        [b, m], "detected": bool [b, m]}`, and if it has them "masks" bool [b, m, h, w] and
-        "keypoints" [b, m, k, 3], with `truth` as the batch, without image, and `size` =
-        (h, w). Such are `cvjax.detection.retinanet.RetinaNet` and `cvjax.detection.rcnn.RCNN`. If
-        its call takes `valid` it is told which rows are real; if it takes `truth` it is given that
-        before `losses`, and may draw from the stream "sample". It may always draw from "dropout".
+      model: a module with `__call__(x, *, train=False) -> outputs`, arrays [b, ...], and two
+        methods that are functions of these alone: `losses(outputs, truth, size) -> {name: scalar}`
+        and `detections(outputs, size)`, what `predict` returns, with `truth` as the batch, without
+        image, and `size` = (h, w). Such are `cvjax.detection.retinanet.RetinaNet` and
+        `cvjax.detection.rcnn.RCNN`. If its call takes `valid` it is told which rows are real. If it
+        takes `truth` it is given that where its losses are wanted, and may draw from the stream
+        "sample". In training it may draw from "dropout".
       weights: of the losses in their sum, by name; 1 where none is given.
       fields: what else of each box, [b, n, ...], the model is to learn; it becomes part of `truth`.
       mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default

@@ -115,7 +115,9 @@ def step_of(dtype="float32"):
             method(params, model_state, batch, rng) for method in (task.predict, task.visualize)
         ]
 
-    return jax.jit(step), traces
+    # What runs a few times only is not worth the compiler's time.
+    options = None if dtype == "float32" else {"xla_backend_optimization_level": 0}
+    return jax.jit(step, compiler_options=options), traces
 
 
 def run(batch, dtype="float32", seed=1):
@@ -402,3 +404,13 @@ def test_the_number_of_parameters_is_that_of_torchvision(heads, classes, expecte
 def test_impossible_settings():
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         RCNN(None, None, None, normalizer="epoch")
+    x, truth = np.zeros((2, 4, 4, CLASSES + 1)), {"keypoints": np.zeros((5, POINTS, 3))}
+    with pytest.raises(InputError, match="the batch has no masks"):
+        MaskHead(CLASSES).losses(x, None, truth)
+    with pytest.raises(InputError, match="keypoints=17, the batch has 2"):
+        KeypointHead(17).losses(x, None, truth)
+    with pytest.raises(InputError, match="keypoints=17, the batch has no"):
+        KeypointHead(17).losses(x, None, {})
+    outputs = {"logits": np.zeros((1, 3 * 80)), "deltas": np.zeros((1, 3 * 80, 4))}
+    with pytest.raises(InputError, match="240 logits for 160 anchors; it needs anchors=2"):
+        RPN(RPNHead(3), ratios=(1.0, 2.0)).propose(outputs, (32, 40), (4,))
