@@ -1,7 +1,8 @@
 """Detection of digits in composed scenes, 128 x 128 pixels, with DETR.
 
 DETR (arXiv:2005.12872) with 16 queries on a small residual network; scenes of one to six real MNIST
-digits that partly hide each other, the held-out ones made of held-out digits.
+digits that partly hide each other, the held-out ones made of held-out digits. DETR learns slowly
+(500 epochs of COCO in the paper); whether these steps are enough was not measured.
 
     python main.py --config=configs/detr.py
 """
