@@ -1,7 +1,7 @@
-"""Detection of digits in composed scenes, 96 x 96 pixels, with FCOS.
+"""Detection of digits in composed scenes, 128 x 128 pixels, with FCOS.
 
-FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of two to
-four real MNIST digits among clutter, the held-out ones made of held-out digits.
+FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of one to
+six real MNIST digits that may overlap, among clutter; the held-out ones are made of held-out digits.
 
     python main.py --config=configs/fcos.py
 """
@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1200
-    config.batch_size = 16
+    config.steps = 2400
+    config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1200
+    config.evaluate_every = 800
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
