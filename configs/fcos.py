@@ -1,7 +1,7 @@
 """Detection of digits in composed scenes, 128 x 128 pixels, with FCOS.
 
 FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of one to
-six real MNIST digits that may overlap, among clutter; the held-out ones are made of held-out digits.
+six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits.
 
     python main.py --config=configs/fcos.py
 """
@@ -73,9 +73,10 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.ema = None
 
     if tiny:
-        config.steps, config.batch_size = 4, 16
+        config.steps, config.batch_size = 4, 8
         config.log_every = config.evaluate_every = 2
-        config.data.train.count = config.data.test.count = 32
+        config.data.train.update(count=32, size=64)
+        config.data.test.update(count=16, size=64)
         config.task.model.encoder.backbone.backbone.width = 4
         config.task.model.encoder.fpn.features = config.task.model.head.features = 8
         config.task.model.head.depth = 1

@@ -173,14 +173,14 @@ def main() -> None:
         batch = next(batches)
         losses = model(images_of(batch), targets_of(batch))
         loss = sum(losses.values())
-        if not math.isfinite(float(loss)):
-            sys.exit(f"the loss of step {step} is {float(loss)}")
+        if not math.isfinite(loss.item()):
+            sys.exit(f"the loss of step {step} is {loss.item()}")
         adamw.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         adamw.step()
         schedule.step()
-        window.append(float(loss))
+        window.append(loss.item())
         if step % 100 == 0 or step == steps:
             seconds = time.process_time() - start
             print(
