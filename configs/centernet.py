@@ -1,7 +1,8 @@
 """Detection of digits in composed scenes, 128 x 128 pixels, with CenterNet.
 
 CenterNet (arXiv:1904.07850) on a small residual network with a feature pyramid; scenes of one to
-six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits.
+six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits;
+its figure is not measured yet.
 
     python main.py --config=configs/centernet.py
 """
