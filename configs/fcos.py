@@ -2,9 +2,8 @@
 
 FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of one to
 six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits:
-0.536 box AP
-(COCO, .50:.95) on 500 held-out scenes with seed 0, after 288 CPU-seconds on one core; still rising
-with the number of steps.
+0.536 box AP (COCO, .50:.95) on 500 held-out scenes with seed 0, after 288 CPU-seconds
+on one core; still rising with the number of steps.
 
     python main.py --config=configs/fcos.py
 """
