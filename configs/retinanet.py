@@ -1,7 +1,9 @@
-"""Detection of digits in composed scenes, 96 x 96 pixels, with RetinaNet.
+"""Detection of digits in composed scenes, 128 x 128 pixels, with RetinaNet.
 
-RetinaNet (arXiv:1708.02002) on a small residual network with a feature pyramid; scenes of two to
-four real MNIST digits among clutter, the held-out ones made of held-out digits.
+RetinaNet (arXiv:1708.02002) on a small residual network with a feature pyramid; scenes of one to
+six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits:
+0.498 box AP (COCO, .50:.95) on 500 held-out scenes with seed 0, after 282 CPU-seconds
+on one core; still rising with the number of steps.
 
     python main.py --config=configs/retinanet.py
 """
@@ -12,11 +14,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1200
-    config.batch_size = 16
+    config.steps = 2400
+    config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1200
+    config.evaluate_every = 800
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
@@ -56,7 +58,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
                 groups=8,
                 dtype="float32",
             ),
-            scale=2.0,
+            scale=2.5,
             octaves=2,
             ratios=(1.0, 2.0),
             candidates=200,
@@ -76,9 +78,10 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.ema = None
 
     if tiny:
-        config.steps, config.batch_size = 4, 16
+        config.steps, config.batch_size = 4, 8
         config.log_every = config.evaluate_every = 2
-        config.data.train.count = config.data.test.count = 32
+        config.data.train.update(count=32, size=64)
+        config.data.test.update(count=16, size=64)
         config.task.model.encoder.backbone.backbone.width = 4
         config.task.model.encoder.fpn.features = config.task.model.head.features = 8
         config.task.model.head.depth = 1

@@ -66,7 +66,9 @@ def test_samples_one_by_one(aligned, samples):
             # float32 against float64; ceil of a whole number of cells does not occur in BOXES
             np.testing.assert_allclose(out[image, row], expected, atol=2e-5)
     weight = rng.normal(size=out.shape).astype(np.float32)
-    gradient = jax.grad(lambda m: jnp.sum(call(m, boxes, levels) * weight))(maps)
+    gradient, to_boxes = jax.jit(
+        jax.grad(lambda m, b: jnp.sum(call(m, b, levels) * weight), argnums=(0, 1))
+    )(maps, boxes)
     # Linear in the maps: <gradient, any maps> is <what the loop gives of these, weight>.
     for _ in range(2):
         others = [rng.normal(size=m.shape) for m in maps]
@@ -80,7 +82,6 @@ def test_samples_one_by_one(aligned, samples):
         )
         whole = sum(np.vdot(g, m) for g, m in zip(gradient, others, strict=True))
         np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-4)
-    to_boxes = jax.grad(lambda b: jnp.sum(call(maps, b, levels)))(boxes)
     assert not np.any(to_boxes)
 
 
@@ -89,21 +90,21 @@ def test_garbage_chunks_and_types():
     features = jnp.asarray(rng.normal(size=(1, 20, 24, 1024)), jnp.bfloat16)
     boxes = rng.uniform(0, 60, (1, 30, 4)).astype(np.float32)  # 10 chunks of these channels
     boxes[..., 2:] += boxes[..., :2]
-    settings = dict(strides=(4,), output_size=(7, 7))
-    out = roi_align([features], boxes, **settings)
+    call = jax.jit(lambda boxes: roi_align([features], boxes, strides=(4,), output_size=(7, 7)))
+    out = call(boxes)
     assert out.dtype == jnp.bfloat16
     for row in (0, 13, 29):
-        alone = roi_align([features], boxes[:, row : row + 1], **settings)
+        alone = call(boxes[:, row : row + 1])
         # A chunk of another size may sum in another order: float32, then rounded to bfloat16.
         here, there = (np.asarray(v, np.float32) for v in (out[:, row], alone[:, 0]))
         np.testing.assert_allclose(here, there, rtol=2**-7, atol=1e-5)
     for junk in (np.nan, np.inf, -np.inf):
         dirty = boxes.copy()
         dirty[:, 5] = junk
-        again = np.asarray(roi_align([features], dirty, **settings), np.float32)
+        again = np.asarray(call(dirty), np.float32)
         assert not again[0, 5].any()
         np.testing.assert_array_equal(np.delete(again, 5, 1), np.delete(out, 5, 1))
-    assert roi_align([features], boxes[:, :0], **settings).shape == (1, 0, 7, 7, 1024)
+    assert call(boxes[:, :0]).shape == (1, 0, 7, 7, 1024)
 
 
 def test_levels():

@@ -22,8 +22,7 @@ CLASSES, SIZE = 3, (36, 50)  # neither side is a multiple of the largest stride
 
 
 def pyramid(dtype):
-    backbone = ResNet(stem="cifar", width=8, stage_sizes=(1, 1, 1), dtype=dtype)
-    return Pyramid(backbone, FPN(8, "pyramid", 1, dtype=dtype), ("stage2", "stage3"))
+    return Pyramid(ResNet(width=8, stage_sizes=(1, 1), dtype=dtype), FPN(8, dtype=dtype))
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def initialized(kind):
 
 @functools.cache
 def step_of(kind, dtype="float32"):
-    """The jitted gradient, metrics, detections and picture; it counts how often it is traced."""
+    """The jitted gradient, metrics and detections; it counts how often it is traced."""
     task = Detection(detector(kind, dtype))
     traces = []
 
@@ -70,10 +69,11 @@ def step_of(kind, dtype="float32"):
         result = jax.value_and_grad(loss, has_aux=True)(params, state, batch, jax.random.key(1))
         return result, [
             method(params, model_state, batch, jax.random.key(0))
-            for method in (task.evaluate, task.predict, task.visualize)
+            for method in (task.evaluate, task.predict)
         ]
 
-    return jax.jit(step), traces
+    # These few steps are over sooner than a better program is compiled.
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}), traces
 
 
 def run(kind, batch, dtype="float32"):
@@ -111,8 +111,8 @@ def edges():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loss_and_gradients_are_finite_at_all_edges_in_one_compilation(kind, dtype):
     for name, batch in edges():
-        trained, (metrics, outputs, pictures) = run(kind, batch, dtype)
-        everything = jax.tree.leaves((trained, metrics, outputs, pictures))
+        trained, (metrics, outputs) = run(kind, batch, dtype)
+        everything = jax.tree.leaves((trained, metrics, outputs))
         assert all(np.isfinite(leaf).all() for leaf in everything), name
         assert {leaf.dtype for leaf in jax.tree.leaves(trained[1])} == {jnp.dtype("float32")}
     assert len(step_of(kind, dtype)[1]) == 1
@@ -121,7 +121,7 @@ def test_loss_and_gradients_are_finite_at_all_edges_in_one_compilation(kind, dty
 @KINDS
 def test_no_image_teaches_nothing(kind):
     batch = dict(edges())["no image"]
-    (result, gradient), (metrics, _, _) = run(kind, batch)
+    (result, gradient), (metrics, _) = run(kind, batch)
     assert result[0] == 0 and metrics["loss"].count == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
     assert_equal(result[1][0], initialized(kind)[1])
@@ -139,70 +139,70 @@ def test_garbage_in_the_padding_changes_nothing_bit_for_bit(kind):
     other["box_label"][~other["box_valid"]] = -77
     other["box_label"][2] = 99
     other["boxes"][1, 0] = np.inf
-    (trained, (metrics, outputs, pictures)) = run(kind, one)
-    (trained_other, (metrics_other, outputs_other, pictures_other)) = run(kind, other)
-    assert_equal((trained, metrics, pictures), (trained_other, metrics_other, pictures_other))
-    assert_equal(outputs, outputs_other)
+    assert_equal(run(kind, one), run(kind, other))
 
 
 @KINDS
 def test_an_invalid_row_is_as_if_it_was_not_there(kind):
-    """The losses of rows 0 and 1 among others that are not valid, and alone."""
-    task, (params, model_state) = Detection(detector(kind)), initialized(kind)
-    batch = batch_of()
-    batch["valid"][2:] = False
-    alone = {name: value[:2] for name, value in batch.items()}
-    found, expected = (
-        jax.jit(task.evaluate)(params, model_state, one, None) for one in (batch, alone)
-    )
+    """Two images beside two that are not valid, and the two twice."""
+    beside, twice = batch_of(), batch_of()
+    beside["valid"][2:] = False
+    twice = {name: np.concatenate([value[:2]] * 2) for name, value in twice.items()}
+    (_, (found, _)), (_, (expected, _)) = run(kind, beside), run(kind, twice)
     for name in expected:
-        assert expected[name].count == found[name].count == 2
-        # Sums over batches of another size may be taken in another order.
+        assert (found[name].count, expected[name].count) == (2, 4)
+        # Sums of other numbers of terms may be taken in another order.
         np.testing.assert_allclose(found[name].compute(), expected[name].compute(), rtol=1e-5)
 
 
+BOXES = "boxes", "box_label", "box_valid"
+
+
 @KINDS
-def test_the_order_and_number_of_padding_rows_changes_nothing(kind):
-    task, (params, model_state) = Detection(detector(kind)), initialized(kind)
+def test_the_order_of_the_boxes_changes_nothing(kind):
+    batch = batch_of(seed=1)  # no two in one cell, of which CenterNet learns the first
+    batch["box_valid"][:, 3:] = False
+    turned = {**batch, **{name: batch[name][:, ::-1] for name in BOXES}}
+    (_, (found, _)), (_, (expected, _)) = run(kind, batch), run(kind, turned)
+    for name in expected:
+        np.testing.assert_allclose(found[name].compute(), expected[name].compute(), rtol=1e-5)
+
+
+def test_the_number_of_padding_rows_changes_nothing():
+    """Of the task alone: what the losses see of an image they see through the assigners' vmap."""
+    task, (params, model_state) = Detection(detector("fcos")), initialized("fcos")
     evaluate = jax.jit(task.evaluate)
-    names = "boxes", "box_label", "box_valid"
     batch = batch_of()
     batch["box_valid"][:, 3:] = False
-    turned = {**batch, **{name: batch[name][:, ::-1] for name in names}}
-    shorter = {**batch, **{name: batch[name][:, :3] for name in names}}
+    shorter = {**batch, **{name: batch[name][:, :3] for name in BOXES}}
     hidden = {**batch, "box_valid": np.zeros_like(batch["box_valid"])}
-    none = {**batch, **{name: batch[name][:, :0] for name in names}}
-    for one, other in ((batch, turned), (batch, shorter), (hidden, none)):
-        a, b = (evaluate(params, model_state, x, None) for x in (one, other))
-        for name in a:
-            np.testing.assert_allclose(a[name].compute(), b[name].compute(), rtol=1e-5)
+    none = {**batch, **{name: batch[name][:, :0] for name in BOXES}}
+    for one, other in ((batch, shorter), (hidden, none)):
+        expected, found = run("fcos", one)[1][0], evaluate(params, model_state, other, None)
+        for name in expected:
+            np.testing.assert_allclose(found[name].compute(), expected[name].compute(), rtol=1e-5)
 
 
 @KINDS
 def test_huge_logits_have_finite_losses_and_gradients(kind):
     model, batch = detector(kind), batch_of()
     truth = {name: value for name, value in batch.items() if name != "image"}
-    shapes = jax.eval_shape(
-        lambda: model.init_with_output(jax.random.key(0), jnp.zeros((4, *SIZE, 3)))[0]
-    )
-    loss = jax.jit(jax.value_and_grad(lambda o: sum(model.losses(o, truth, SIZE).values())))
-    detections = jax.jit(lambda outputs: model.detections(outputs, SIZE))
+    params, model_state = initialized(kind)
+    shapes = jax.eval_shape(model.apply, {"params": params["model"], **model_state}, batch["image"])
+    slopes = jax.value_and_grad(lambda outputs: sum(model.losses(outputs, truth, SIZE).values()))
+    everything = jax.jit(lambda outputs: (slopes(outputs), model.detections(outputs, SIZE)))
     rng = np.random.default_rng(0)
     for values in ([100.0], [-100.0], [-100.0, 100.0], [0.0]):
         outputs = jax.tree.map(
-            lambda x, v=values: jnp.asarray(rng.choice(v, x.shape), jnp.float32), shapes
+            lambda x, v=values: rng.choice(v, x.shape).astype(np.float32), shapes
         )
-        value, gradient = loss(outputs)
-        assert np.isfinite(value)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-        found = detections(outputs)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(everything(outputs)))
 
 
 @KINDS
 def test_detections_have_a_fixed_shape_and_lie_in_the_image(kind):
     assert isinstance(Detection(detector(kind)), Task)
-    _, (_, found, _) = run(kind, batch_of())
+    _, (_, found) = run(kind, batch_of())
     assert {name: (value.shape, value.dtype.name) for name, value in found.items()} == {
         "boxes": ((4, 7, 4), "float32"),
         "scores": ((4, 7), "float32"),
@@ -229,7 +229,7 @@ def test_a_batch_is_learned_by_heart(kind):
     update = jax.jit(lambda gradient, moments, params: _apply(optimizer, gradient, moments, params))
     moments = optimizer.init(params)
     for _ in range(150):
-        ((_, (model_state, _)), gradient), (_, found, _) = step(params, model_state, batch)
+        ((_, (model_state, _)), gradient), (_, found) = step(params, model_state, batch)
         params, moments = update(gradient, moments, params)
     for row in range(4):
         assert found["scores"][row, 1] > max(0.2, 1.2 * found["scores"][row, 2])
@@ -244,13 +244,12 @@ def _apply(optimizer, gradient, moments, params):
     return optax.apply_updates(params, updates), moments
 
 
-@KINDS
-def test_the_picture_has_truth_left_and_prediction_right(kind):
+def test_the_picture_has_truth_left_and_prediction_right():
     batch = batch_of()
     batch["valid"][1] = False
     batch["box_valid"][0, 2:] = False
-    _, (_, _, pictures) = run(kind, batch)
-    picture = np.asarray(pictures["detection"])
+    visualize = jax.jit(Detection(detector("centernet")).visualize)
+    picture = np.asarray(visualize(*initialized("centernet"), batch, None)["detection"])
     assert picture.shape == (2 + 38, 2 + 4 * 102, 3)
     assert not picture[2:38, 104:204].any()
     # Nothing is sure yet: on the right there is only the image.
