@@ -33,7 +33,7 @@ from cvjax.train.loop import load_state
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 COUNT, PART = 500, 100
-BUDGETS = (10, 25, 50)
+BUDGETS = (10, 25, 50, 100)
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 SAMPLERS = {
     "DDIM = Euler": samplers.ddim,
@@ -44,6 +44,7 @@ SAMPLERS = {
     "DDPM": samplers.ddpm,
     "Euler-Maruyama": partial(samplers.euler_maruyama, times=grids.log_snr),
     "predictor-corrector": partial(samplers.predictor_corrector, times=grids.log_snr),
+    "DDIM, Karras": partial(samplers.ddim, times=grids.karras),
     "Heun, Karras": partial(samplers.heun, times=grids.karras),
     "UniPC, log SNR": partial(samplers.unipc, times=grids.log_snr),
 }
@@ -135,7 +136,7 @@ def report(results: dict[str, list]) -> None:
     """Prints the table and draws the curves."""
     print("\n| sampler | evaluations: FD-digits (agreement) |\n|---|---|")
     for name, rows in results.items():
-        print(f"| {name} | " + ", ".join(f"{n:.0f}: {d:.1f} ({a:.2f})" for n, d, a in rows) + " |")
+        print(f"| {name} | " + ", ".join(f"{n:.0f}: {d:.2f} ({a:.2f})" for n, d, a in rows) + " |")
     series = {
         f"{name}/FD-digits": tuple(zip(*[row[:2] for row in rows], strict=True))
         for name, rows in results.items()

@@ -31,13 +31,13 @@ def gaussian(process):
 
 
 def test_repaint_draws_from_the_conditional_and_keeps_what_is_known():
-    process, count, value = FlowMatching(), 1000, 0.9
+    process, count, value = FlowMatching(), 500, 0.9
     known = jnp.full((count, 2), value).at[:, 1].set(77.0)  # what is not known does not matter
     is_known, keys = jnp.array([True, False]), example_keys(jax.random.key(0), count)
 
     @functools.partial(jax.jit, static_argnames="repeats")
     def run(keys, known, repeats):
-        return repaint(gaussian(process), process, keys, known, is_known, 120, repeats=repeats)
+        return repaint(gaussian(process), process, keys, known, is_known, 100, repeats=repeats)
 
     x = run(keys, known, 8)
     np.testing.assert_array_equal(x[:, 0], np.float32(value))
@@ -45,10 +45,10 @@ def test_repaint_draws_from_the_conditional_and_keeps_what_is_known():
     slope = COVARIANCE[0, 1] / COVARIANCE[0, 0]
     mean = MEAN[1] + slope * (value - MEAN[0])
     variance = COVARIANCE[1, 1] - slope * COVARIANCE[0, 1]
-    # 4 standard errors of 1,000 draws are 0.05 and 18 %; the rest is for finite steps and repeats:
+    # 4 standard errors of 500 draws are 0.07 and 25 %; the rest is for finite steps and repeats:
     # of 8,000 draws at 60 steps the mean is off by 0.023, the variance by 19 %; at 240 by 6 %.
-    np.testing.assert_allclose(jnp.mean(x[:, 1]), mean, atol=0.05 + 0.03)
-    np.testing.assert_allclose(jnp.var(x[:, 1]), variance, rtol=0.18 + 0.13)
+    np.testing.assert_allclose(jnp.mean(x[:, 1]), mean, atol=0.07 + 0.03)
+    np.testing.assert_allclose(jnp.var(x[:, 1]), variance, rtol=0.25 + 0.15)
     # Without repeats the known part counts too little.
     assert jnp.mean(run(keys, known, 1)[:, 1]) < mean - 0.1
 

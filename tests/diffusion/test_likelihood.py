@@ -35,6 +35,7 @@ PROCESSES = [
     EDM(),
 ]
 X = points(400)
+POINTS = np.asarray(X, np.float32)
 
 
 def closed_form(process):
@@ -49,8 +50,10 @@ def keys():
 
 
 @functools.partial(jax.jit, static_argnames=("process", "steps", "divergence"))
-def by_ode(process, keys, steps=96, divergence=exact_divergence, x=jnp.asarray(X, jnp.float32)):
-    return ode_log_likelihood(exact(process), process, x, keys, steps, divergence=divergence)
+def by_ode(process, keys, steps=96, divergence=exact_divergence, x=POINTS):
+    return ode_log_likelihood(
+        exact(process), process, jnp.asarray(x), keys, steps, divergence=divergence
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
@@ -82,9 +85,9 @@ def test_hutchinson_is_right_on_average(keys):
 
 
 @functools.partial(jax.jit, static_argnames=("process", "steps", "wrong"))
-def bound(process, keys, steps=64, wrong=0.0, x=jnp.asarray(X, jnp.float32)):
+def bound(process, keys, steps=64, wrong=0.0, x=POINTS):
     denoise = lambda x, t: (1 - wrong) * exact(process)(x, t)  # noqa: E731
-    return vlb(denoise, process, x, keys, steps)
+    return vlb(denoise, process, jnp.asarray(x), keys, steps)
 
 
 @pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=str)
