@@ -48,6 +48,7 @@ SAMPLERS = {
     "Heun, Karras": partial(samplers.heun, times=grids.karras),
     "UniPC, log SNR": partial(samplers.unipc, times=grids.log_snr),
 }
+STOCHASTIC = ("Heun, churn", "DDPM", "Euler-Maruyama", "predictor-corrector")
 
 
 def load(workdir: Path, config: str, flags: tuple[str, ...] = ()):
@@ -137,8 +138,9 @@ def report(results: dict[str, list]) -> None:
     print("\n| sampler | evaluations: FD-digits (agreement) |\n|---|---|")
     for name, rows in results.items():
         print(f"| {name} | " + ", ".join(f"{n:.0f}: {d:.2f} ({a:.2f})" for n, d, a in rows) + " |")
+    panel = lambda name: "FD-digits, noise" if name in STOCHASTIC else "FD-digits, ODE"  # noqa: E731
     series = {
-        f"{name}/FD-digits": tuple(zip(*[row[:2] for row in rows], strict=True))
+        f"{name}/{panel(name)}": tuple(zip(*[row[:2] for row in rows], strict=True))
         for name, rows in results.items()
         if name != "real"
     }
