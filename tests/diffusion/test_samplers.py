@@ -181,6 +181,20 @@ def test_adaptive_steps_count_and_keep_the_tolerance():
         jax.block_until_ready(draw(adaptive, process, 2, 4))
 
 
+def test_adaptive_with_traced_parameters_and_labels():
+    """As in a task, where both are arguments of the jitted program."""
+    process, keys = FlowMatching(), example_keys(jax.random.key(0), 6)
+
+    def run(sampler, scale, labels, keys, steps):
+        denoise = lambda x, t: scale * x + labels[:, None]  # noqa: E731
+        return sampler(denoise, process, keys, (2,), steps)
+
+    run = jax.jit(run, static_argnums=(0, 4))
+    scale, labels = jnp.float32(0.5), jnp.arange(6) % 3
+    expected = run(heun, scale, labels, keys, 64)
+    np.testing.assert_allclose(run(adaptive, scale, labels, keys, 64), expected, atol=2e-3)
+
+
 def test_adaptive_without_diffrax_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(InputError, match=r"pip install 'cvjax\[diffusion\]'"):
