@@ -49,34 +49,41 @@ def solve(
     time_steps(grids.uniform, process, steps)  # for its error
     x = begin(process, keys, shape, start)
 
-    # The solver sees one image; the network sees the batch, with all that belongs to its rows.
+    # The solver sees one image; the network sees the batch, with all that belongs to its rows. What
+    # `denoise` holds (parameters, labels) is handed on as arguments: a rule for vmap can hold
+    # nothing that is traced.
+    program = jax.make_jaxpr(lambda x, t: velocity(denoise, process, x, t))(
+        x, jnp.ones(len(x), x.dtype)
+    )
+
     @jax.custom_batching.custom_vmap
-    def one(x: jax.Array, t: jax.Array) -> jax.Array:
-        return velocity(denoise, process, x[None], t[None])[0]
+    def one(x: jax.Array, t: jax.Array, held: list[jax.Array]) -> jax.Array:
+        return jnp.zeros_like(x)  # only its shape is asked for, outside vmap
 
     @one.def_vmap
-    def batch(size: int, is_batched: list[bool], x: jax.Array, t: jax.Array):
+    def batch(size: int, is_batched: list, x: jax.Array, t: jax.Array, held: list[jax.Array]):
         x, t = (
             a if has_rows else jnp.broadcast_to(a, (size, *a.shape))
-            for a, has_rows in zip((x, t), is_batched, strict=True)
+            for a, has_rows in zip((x, t), is_batched, strict=False)
         )
-        return velocity(denoise, process, x, t), True
+        return jax.core.eval_jaxpr(program.jaxpr, held, x, t)[0], True
 
-    def solve_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def solve_one(x: jax.Array, held: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, x, _: one(x, jnp.asarray(t, x.dtype))),
+            diffrax.ODETerm(lambda t, x, held: one(x, jnp.asarray(t, x.dtype), held)),
             diffrax.Dopri5(),
             t0=1.0,
             t1=0.0,
             dt0=None,
             y0=x,
+            args=held,
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
             max_steps=steps,
         )
         # Six new evaluations in each step, accepted or not, and two to find the first length.
         return solution.ys[0], 6 * solution.stats["num_steps"] + 2
 
-    return jax.vmap(solve_one)(x)
+    return jax.vmap(solve_one, (0, None))(x, [jnp.asarray(c) for c in program.consts])
 
 
 def _diffrax():
