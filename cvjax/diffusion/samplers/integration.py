@@ -23,17 +23,26 @@ def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
 def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
     """The times [steps + 1] as numbers, known when a program is compiled.
 
-    Raises InputError unless there is at least one step and the times fall from 1 to 0.
+    Raises InputError unless there is at least one step, the times fall from 1 to 0, and some are
+    late enough to see the data: with EDM's sigma as time, equal steps are not.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; a sampler takes at least 1")
     with jax.ensure_compile_time_eval():
         grid = np.asarray(times(process, steps))
+    name = getattr(getattr(times, "func", times), "__name__", times)
     if grid.shape != (steps + 1,) or not (np.diff(grid) < 0).all() or (grid[0], grid[-1]) != (1, 0):
-        name = getattr(getattr(times, "func", times), "__name__", times)
         raise InputError(
             f"times={name} for {steps} steps gives {grid.size} times from {grid.flat[0]:.4g} to "
             f"{grid.flat[-1]:.4g}; it must give {steps + 1} that fall strictly, from 1 to 0"
+        )
+    # Images in [-1, 1] have a standard deviation of about a half.
+    sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
+    if steps >= 10 and sigma > alpha / 2:
+        raise InputError(
+            f"times={name} does not fit {type(process).__name__}: the last of {steps} steps begins "
+            f"at sigma / alpha = {sigma / alpha:.3g}, so that none sees detail; take times="
+            "grids.karras"
         )
     return grid
 
