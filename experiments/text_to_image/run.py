@@ -3,9 +3,9 @@
     python experiments/text_to_image/run.py
 
 trains the recipe in runs/text_to_image and a judge (configs/classification.py on captioned digits,
-another seed) in runs/caption_judge if they are not there; draws the captions of held-out digits with
-both stages, asks the judge for the digit, fills holes (with both stages too), and writes
-samples.png.
+another seed) in runs/caption_judge if they are not there; draws the captions of held-out digits in
+both stages and asks the judge for the digit; fills the right halves of small drawings; and writes
+samples.png and inpainting.png beside the run.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def test_ways_of_drawing():
         square = np.zeros((28, 28, 1), np.uint8)
         square[8:20, 8:20] = 255
         mass = drawn(square, scale, 0.0, False).sum(dtype=float) / square.sum(dtype=float)
-        np.testing.assert_allclose(mass, scale**2, rtol=0.03)  # its edges are resampled
+        np.testing.assert_allclose(mass, scale**2, rtol=0.08)  # its edges are resampled
     assert (drawn(stroke(), 1.0, 0.0, True) > 0).sum() == 4 * 18
 
 
