@@ -71,5 +71,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.log_every = config.evaluate_every = 2
         config.task.network.update(width=8)
         config.task.sample_steps = 2
-        config.optimizer.update(transform=dict(type="optax.adam"), warmup_steps=1)
+        config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
+        config.optimizer.warmup_steps = 1
     return config

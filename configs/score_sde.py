@@ -85,5 +85,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.task.network.network.update(width=8)
         config.task.sample_steps = 2
         config.task.sampler.s_churn = 0.0
-        config.optimizer.update(transform=dict(type="optax.adam"), warmup_steps=1)
+        config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
+        config.optimizer.warmup_steps = 1
     return config

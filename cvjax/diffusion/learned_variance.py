@@ -116,7 +116,9 @@ def ddpm_learned(
         prediction, v = jnp.split(denoise(x, t), 2, axis=-1)
         x0, _ = split(process, process.prediction, prediction, x, t)
         least, most = (like(value, x) for value in log_variances(process, t, s))
-        deviation = jnp.exp((least + (v + 1) / 2 * (most - least)) / 2)
+        # Guidance may take v out of its range.
+        fraction = jnp.clip((v + 1) / 2, 0.0, 1.0)
+        deviation = jnp.exp((least + fraction * (most - least)) / 2)
         mean = posterior(process, x0, x, t, s)
         return mean + (index < steps - 1) * deviation * normal(keys, shape, index)
 

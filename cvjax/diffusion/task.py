@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
+from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
@@ -161,20 +162,14 @@ class Diffusion:
         # Without classes all labels are the null one.
         condition = condition if self._is_conditional else self._null(condition)
 
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            if guidance == 1:
-                return self._predict(params, x, t, condition)
-            # One pass over a doubled batch. All parameterizations are affine in each other, so that
-            # it makes no difference which of them is extrapolated.
-            twice = jax.tree.map(
-                lambda *both: jnp.concatenate(both),
-                (x, t, condition),
-                (x, t, self._null(condition)),
-            )
-            conditional, unconditional = jnp.split(self._predict(params, *twice), 2)
-            return unconditional + guidance * (conditional - unconditional)
+        # A condition may be of several arrays: its rows are asked for by number.
+        both = jax.tree.map(lambda *a: jnp.concatenate(a), condition, self._null(condition))
+        row = jnp.arange(len(jax.tree.leaves(condition)[0]))
 
-        return denoise
+        def predict(x: jax.Array, t: jax.Array, row: jax.Array) -> jax.Array:
+            return self._predict(params, x, t, jax.tree.map(lambda a: a[row], both))
+
+        return classifier_free(predict, row, len(row) + row, guidance)
 
     def _predict(self, params: Params, x: jax.Array, t: jax.Array, condition: PyTree) -> jax.Array:
         return self.network.apply({"params": params["network"]}, *self._inputs(x, t, condition))

@@ -1,0 +1,136 @@
+"""Do the images show what their captions say?
+
+    python experiments/text_to_image/run.py
+
+trains the recipe in runs/text_to_image and a judge (configs/classification.py on captioned digits,
+another seed) in runs/caption_judge if they are not there; draws the captions of held-out digits in
+both stages and asks the judge for the digit; fills the right halves of small drawings; and writes
+samples.png and inpainting.png beside the run.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import main
+from cvjax import config as configs
+from cvjax import draw
+from cvjax.build import build
+from cvjax.diffusion.editing import repaint
+from cvjax.diffusion.samplers import example_keys
+from cvjax.train.loop import load_state
+
+ROOT = Path(__file__).parents[2]
+SOURCE = "data.sources.captioned_digits.CaptionedDigits"
+BATCH = 100
+
+
+def load(workdir: Path):
+    """The task of a work directory, its newest averaged parameters, and its held-out data."""
+    built = build(configs.buildable(configs.load_json(workdir / "config.json")))
+    data = built["data"]
+    state = load_state(
+        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
+        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
+    )  # fmt: skip
+    return built["task"], state, data["test"]
+
+
+def train(workdir: Path, judge: Path) -> None:
+    """Trains what is not there."""
+    recipes = {
+        workdir: ["text_to_image.py"],
+        judge: [
+            "classification.py", "--config.seed=100", "--config.steps=700",
+            "--config.evaluate_every=700", f"--config.data.train.type={SOURCE}",
+            f"--config.data.test.type={SOURCE}", "--config.data.test.count=1000",
+        ],
+    }  # fmt: skip
+    for folder, (recipe, *flags) in recipes.items():
+        ends = folder / "upsampler" if folder == workdir else folder
+        if not (ends / "config.json").exists() and (
+            code := main.main([f"--config={ROOT}/configs/{recipe}", f"--workdir={folder}", *flags])
+        ):
+            sys.exit(code)
+
+
+def run(workdir: Path, judge_workdir: Path, count: int, seed: int) -> dict[str, Any]:
+    """Returns the agreement with the captions' digits, by guidance weight."""
+    train(workdir, judge_workdir)
+    base, base_state, _ = load(workdir / "base")
+    upsampler, state, held_out = load(workdir / "upsampler")
+    judge, judge_state, judged = load(judge_workdir)
+    records = [held_out[i] for i in range(count)]
+    tokens = np.stack([record["tokens"] for record in records])
+    labels = np.array([record["label"] for record in records])
+
+    @functools.partial(jax.jit, static_argnames=("guidance", "first"))
+    def cascade(tokens, rng, guidance, first):
+        low = base.sample(base_state.averaged_params, tokens, rng, guidance=guidance, first=first)
+        condition = upsampler.condition(tokens, low)
+        rng = jax.random.fold_in(rng, 1)
+        return upsampler.sample(state.averaged_params, condition, rng, first=first)
+
+    @jax.jit
+    def named(image):
+        batch = {"image": image, "label": jnp.zeros(len(image), int),
+                 "valid": jnp.ones(len(image), bool)}  # fmt: skip
+        params = judge_state.averaged_params
+        return judge.predict(params, judge_state.model_state, batch, jax.random.key(0))[
+            "prediction"
+        ]
+
+    def agreement(images: np.ndarray, labels: np.ndarray) -> float:
+        parts = [named(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        return float(np.mean(np.concatenate(parts) == labels))
+
+    real = [judged[i] for i in range(len(judged))]
+    images = np.stack([record["image"] for record in real]).astype(np.float32) / 255
+    result = {"judge on held-out drawings": agreement(images, [record["label"] for record in real])}
+    rng = jax.random.key(seed)
+    for guidance in (1.0, base.guidance):
+        images = np.concatenate([
+            cascade(tokens[i : i + BATCH], rng, guidance, i) for i in range(0, count, BATCH)
+        ])  # fmt: skip
+        result[f"agreement at guidance {guidance:g}"] = agreement(images, labels)
+
+    # Inpainting in the base model: the left half of a drawing is known.
+    shown = np.repeat(base.tokens(base.captions), 8, axis=0)
+    rows = np.concatenate([cascade(shown, rng, base.guidance, 0)])
+    few = tokens[:16]
+    large = np.stack([record["image"] for record in records[:16]]).astype(np.float32) / 255
+    small = large.reshape(16, 14, 2, 14, 2, 1).mean(axis=(2, 4))
+    is_known = np.broadcast_to(np.arange(14)[None, None, :, None] < 7, small.shape)
+
+    @jax.jit
+    def fill(known):
+        denoise = base.denoiser(base_state.averaged_params, few)
+        keys = example_keys(rng, len(known))
+        filled = repaint(denoise, base.process, keys, known, jnp.asarray(is_known), 25, repeats=4)
+        return jnp.clip((filled + 1) / 2, 0, 1)
+
+    filled = np.asarray(fill(jnp.asarray(2 * small - 1)))
+    result["largest change of a known pixel"] = float(np.abs(filled - small)[is_known].max())
+    holes = np.where(is_known, small, 0.5)
+    draw.save_png(workdir / "samples.png", draw.grid(rows, 8))
+    draw.save_png(workdir / "inpainting.png", draw.grid(np.concatenate([holes, filled, small]), 16))
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/text_to_image")
+    parser.add_argument("--judge", type=Path, default=ROOT / "runs/caption_judge")
+    parser.add_argument("--count", type=int, default=500, help="captions")
+    parser.add_argument("--seed", type=int, default=1)
+    flags = parser.parse_args()
+    print(json.dumps(run(flags.workdir, flags.judge, flags.count, flags.seed), indent=2))

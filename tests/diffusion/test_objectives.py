@@ -1,0 +1,158 @@
+"""The task with other losses, with learned variances, and with images out of range."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.diffusion import losses
+from cvjax.diffusion.coupling import optimal_coupling
+from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
+from cvjax.diffusion.preconditioning import Preconditioned
+from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, perturb, uniform
+from cvjax.diffusion.samplers import ddim
+from cvjax.diffusion.task import Diffusion, LearnedVariance
+from cvjax.errors import InputError
+from cvjax.train.loop import fit
+from tests.diffusion.test_task import CLASSES, SHAPE, Linear, batch_of, start, task_of
+
+
+class Doubled(nn.Module):
+    """Twice the channels: a prediction and v."""
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        return nn.Conv(2, (3, 3))(x) + t[:, None, None, None] + label[:, None, None, None]
+
+
+def errors_of(task, params, batch, offset=0.5):
+    image, label = task._clean(batch)
+    eps = jax.random.normal(jax.random.key(7), image.shape)
+    return jax.jit(lambda p: task._errors(p, image, label, offset, eps))(params), eps
+
+
+def test_a_weighting_multiplies_the_errors():
+    process, batch = VariancePreserving("linear", "v"), batch_of()
+    plain = task_of(Linear(), process=process)
+    params, _ = start(plain, batch)
+    weighting = functools.partial(losses.min_snr, gamma=2.0)
+    (without, _), (weighted, _) = (
+        errors_of(task, params, batch)
+        for task in (plain, task_of(Linear(), process=process, weighting=weighting))
+    )
+    t = (jnp.arange(8) + 0.5) / 8
+    expected = losses.of_prediction(weighting, process, t) * without
+    np.testing.assert_allclose(weighted, expected, rtol=1e-5)
+
+
+def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
+    seen = []
+
+    def spy(image, eps, label):
+        seen.append((image, eps, label))
+        return optimal_coupling(image, eps, label)
+
+    batch = batch_of() | dict(valid=jnp.arange(8) < 7)
+    task = task_of(Linear(), coupling=spy, class_dropout=0.5)
+    params, state = start(task, batch)
+    losses_of = [
+        one.loss(params, state, batch, jax.random.key(3))[0]
+        for one in (task, task_of(Linear(), class_dropout=0.5))
+    ]
+    assert len(seen) == 1 and losses_of[0] != losses_of[1]
+    # Dropping a class comes afterwards, and what is not valid is a group of its own.
+    np.testing.assert_array_equal(seen[0][2], [0, 1, 2, 0, 1, 2, 0, CLASSES])
+    task.evaluate(params, {}, batch, jax.random.key(0))
+    assert len(seen) == 1
+
+
+def test_a_preconditioned_network_has_the_process_of_the_task():
+    process = EDM()
+    task = task_of(Preconditioned(Linear(), process), process=process, weighting=losses.edm)
+    params, state = start(task, batch_of())
+    value, _ = jax.jit(lambda p: task.loss(p, state, batch_of(), jax.random.key(0)))(params)
+    assert jnp.isfinite(value)
+    for other in (EDM(sigma_max=40.0), FlowMatching()):
+        with pytest.raises(InputError, match="process is .* but that of the network is"):
+            task_of(Preconditioned(Linear(), process), process=other)
+
+
+def hybrid(**fields):
+    fields = dict(num_classes=CLASSES, image_shape=SHAPE, sample_steps=4) | fields
+    process = VariancePreserving("linear", "eps", uniform)
+    return LearnedVariance(Doubled(), process, **fields)
+
+
+@pytest.mark.parametrize("simple", [1.0, 0.0])
+def test_the_hybrid_loss(simple):
+    """Both terms at times on the grid; the bound moves the mean only where it is all."""
+    task, batch = hybrid(simple_weight=simple, bound_weight=0.01, bound_steps=50), batch_of()
+    params, _ = start(task, batch)
+    found, eps = errors_of(task, params, batch)
+    t = jnp.ceil((jnp.arange(8) + 0.5) / 8 * 50) / 50
+    image, label = task._clean(batch)
+    x = perturb(task.process, image, eps, t)
+    prediction, v = jnp.split(task.network.apply({"params": params["network"]}, x, t, label), 2, -1)
+    bound = variational_bound(
+        task.process, prediction, (v + 1) / 2, image, x, t, t - 1 / 50
+    )  # fmt: skip
+    squares = jnp.mean((prediction - eps) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(found, simple * squares + 0.01 * 50 * bound, rtol=1e-4)
+
+    def gradient(task):
+        total = lambda p: jnp.sum(errors_of(task, p, batch)[0])  # noqa: E731
+        return jax.grad(total)(params)["network"]["Conv_0"]["bias"]
+
+    of_mean, of_variance = gradient(task)
+    assert of_variance != 0
+    if simple:
+        without = gradient(hybrid(bound_weight=0.0, bound_steps=50))
+        np.testing.assert_allclose(of_mean, without[0], rtol=1e-5)
+    else:
+        assert of_mean != 0
+
+
+def test_samplers_with_and_without_the_variances():
+    batch = batch_of()
+    for sampler in (ddim, functools.partial(ddpm_learned)):
+        task = hybrid(sampler=sampler, guidance=2.0)
+        params, _ = start(task, batch)
+        x = jnp.zeros((8, *SHAPE))
+        channels = task.denoiser(params, batch["label"])(x, jnp.full(8, 0.5)).shape[-1]
+        assert channels == (1 if sampler is ddim else 2)
+        sample = jax.jit(task.sample)(params, batch["label"], jax.random.key(0))
+        assert sample.shape == (8, *SHAPE) and jnp.all(jnp.isfinite(sample))
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(simple_weight=-1.0), dict(bound_weight=-1.0), dict(bound_steps=0)]
+)
+def test_impossible_fields(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        hybrid(**wrong)
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 255.0), (0.0, np.nan)])
+def test_images_out_of_range_stop_a_run_before_it_begins(low, high, tmp_path):
+    images = np.random.default_rng(0).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
+    images[:, 0, 0], images[:, 0, 1] = low, high
+    data = [{"image": image, "label": np.int32(0)} for image in images]
+    with pytest.raises(InputError, match=r"images have values from .* takes them in \[0, 1\]"):
+        fit(task_of(Linear()), data, steps=1, batch_size=8, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_valid_may_be_out_of_range():
+    batch = {name: np.asarray(value) for name, value in batch_of().items()}
+    image = batch["image"].copy()
+    image[3] = 255.0
+    task = task_of(Linear())
+    task.check(batch)
+    task.check(batch | dict(image=image, valid=np.arange(8) != 3))
+    task.check(batch | dict(valid=np.zeros(8, bool)))
+    with pytest.raises(InputError, match="to 255"):
+        task.check(batch | dict(image=image))
+    assert isinstance(task, Diffusion)

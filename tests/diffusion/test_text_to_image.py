@@ -1,0 +1,157 @@
+"""Captions as a condition, and the upsampler."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvjax.data.sources.captioned_digits import WORDS
+from cvjax.diffusion.coupling import optimal_coupling
+from cvjax.diffusion.evaluate import UpsamplingPSNR
+from cvjax.diffusion.samplers import ddim
+from cvjax.diffusion.text_to_image import TextToImage, Upsampler
+from cvjax.errors import InputError
+from cvjax.nn.text_encoder import TextEncoder
+from cvjax.nn.unet import UNet
+
+CAPTIONS = ("a small seven, tilted left", "an eight")
+
+
+class Words(nn.Module):
+    """Adds a number for each word to the image's first channel."""
+
+    @nn.compact
+    def __call__(self, x, t, tokens):
+        values = self.param("values", nn.initializers.normal(), (len(WORDS) + 1,))
+        return x[..., :1] * 0 + jnp.sum(values[tokens], axis=1)[:, None, None, None]
+
+
+def task_of(kind=TextToImage, network=None, **fields):
+    fields = dict(words=WORDS, captions=CAPTIONS, sampler=ddim, sample_steps=3) | fields
+    return kind(network or Words(), image_shape=(8, 8, 1), **fields)
+
+
+def batch_of(task):
+    tokens = jnp.asarray(task.tokens(CAPTIONS * 2))
+    image = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
+    return {"image": image, "tokens": tokens, "label": jnp.array([7, 8, 7, 8]),
+            "valid": jnp.array([True, True, True, False])}  # fmt: skip
+
+
+def start(task, batch):
+    return task.init(jax.random.key(0), batch)
+
+
+def test_captions_reach_the_network_and_may_be_left_out():
+    task = task_of(guidance=3.0)
+    batch = batch_of(task)
+    params, _ = start(task, batch)
+    values = params["network"]["values"]
+    x, t = jnp.zeros((4, 8, 8, 1)), jnp.full(4, 0.5)
+    said = jnp.sum(values[batch["tokens"]], axis=1)
+    unsaid = jnp.sum(values[jnp.zeros(8, int)])
+    found = task.denoiser(params, batch["tokens"])(x, t)[:, 0, 0, 0]
+    np.testing.assert_allclose(found, unsaid + 3.0 * (said - unsaid), rtol=1e-5)
+    # The share of captions that are left out, and those that are not valid.
+    many = jnp.tile(batch["tokens"][:1], (10_000, 1))
+    dropped = task._dropped(many, jax.random.key(0))
+    is_null = jnp.all(dropped == 0, axis=1)
+    np.testing.assert_allclose(jnp.mean(is_null), 0.1, atol=4 * np.sqrt(0.09 / 1e4))
+    np.testing.assert_array_equal(dropped[~is_null], many[~is_null])
+    assert jnp.all(task._clean(batch)[1][3] == 0)
+
+
+def test_mistakes_in_captions_and_words():
+    with pytest.raises(InputError, match="'sevn' is unknown.*seven"):
+        task_of(captions=("a sevn",))
+    text = TextEncoder(vocabulary=7, length=8)
+    with pytest.raises(InputError, match="words are 19, but the vocabulary .* is 7"):
+        task_of(network=UNet(num_classes=0, text=text))
+    with pytest.raises(InputError, match="num_classes is 10; with captions it must be 0"):
+        task_of(num_classes=10)
+    with pytest.raises(InputError, match="guidance is 2.0.*class_dropout"):
+        task_of(guidance=2.0, class_dropout=0.0)
+
+
+def test_predict_and_visualize():
+    task = task_of()
+    batch = batch_of(task)
+    params, _ = start(task, batch)
+    outputs = jax.eval_shape(task.predict, params, {}, batch, jax.random.key(0))
+    assert outputs["sample"].shape == (4, 8, 8, 1) and outputs["label"].shape == (4,)
+    without = {name: value for name, value in batch.items() if name != "label"}
+    assert set(jax.eval_shape(task.predict, params, {}, without, jax.random.key(0))) == {"sample"}
+    picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
+    assert picture.shape == (2 * 9 + 1, 8 * 9 + 1, 1)
+
+
+class Channels(nn.Module):
+    """Gives back one of the channels that it sees."""
+
+    number: int = 0
+
+    def __call__(self, x, t, tokens):
+        assert x.shape[-1] == 3
+        return x[..., self.number : self.number + 1]
+
+
+def test_what_the_upsampler_sees():
+    task = task_of(Upsampler, Channels(1), augmentation=0.5)
+    batch = batch_of(task)
+    _, condition = task._clean(batch)
+    low = 2 * np.asarray(batch["image"]).reshape(4, 4, 2, 4, 2, 1).mean(axis=(2, 4)) - 1
+    np.testing.assert_allclose(condition["low"][:3], low[:3], atol=1e-6)
+    x, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.full(4, 0.5)
+    seen = task.denoiser({"network": {}}, condition)(x, t)
+    np.testing.assert_allclose(seen, jax.image.resize(condition["low"], x.shape, "linear"))
+    level = dataclasses.replace(task, network=Channels(2))
+    assert jnp.all(level.denoiser({"network": {}}, condition)(x, t) == 0)
+    # In training: noise of the strength that the network is told.
+    many = jax.tree.map(lambda a: jnp.repeat(a[:1], 2000, axis=0), condition)
+    noisy = task._dropped(many, jax.random.key(3))
+    deviation = jnp.std(noisy["low"] - many["low"], axis=(1, 2, 3))
+    assert 0 <= jnp.min(noisy["level"]) and 0.49 < jnp.max(noisy["level"]) <= 0.5
+    # The mean ratio over 2,000 images of 16 pixels, whose deviation is a little low (n - 1).
+    np.testing.assert_allclose(jnp.mean(deviation / noisy["level"]), 0.965, atol=0.03)
+    given = task.condition(batch["tokens"], (low + 1) / 2, 0.2)
+    np.testing.assert_allclose(given["low"], low, atol=1e-6)
+    np.testing.assert_allclose(given["level"], 0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(factor=1), dict(factor=3), dict(augmentation=-0.1),
+              dict(coupling=optimal_coupling)]
+)  # fmt: skip
+def test_impossible_upsamplers(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        task_of(Upsampler, Channels(), **wrong)
+
+
+def test_the_upsampler_predicts_beside_the_bilinear_image():
+    """The guidance leaves the small image alone."""
+    task = task_of(Upsampler, Channels())
+    batch = batch_of(task)
+    outputs = jax.jit(task.predict)({"network": {}}, {}, batch, jax.random.key(0))
+    _, condition = task._clean(batch)
+    expected = jax.image.resize((condition["low"] + 1) / 2, (4, 8, 8, 1), "linear")
+    np.testing.assert_allclose(outputs["bilinear"], expected, atol=1e-6)
+    null = task._null(condition)
+    assert jnp.all(null["tokens"] == 0) and null["low"] is condition["low"]
+
+
+def test_psnr_by_hand():
+    metric = UpsamplingPSNR()
+    assert metric.result() == {}
+    true = np.full((3, 2, 2, 1), 0.5)
+    off = np.array([0.1, 0.01, 9.0]).reshape(3, 1, 1, 1)
+    outputs = {"sample": true + off, "bilinear": true + 0.1}
+    metric.add(outputs, {"image": true, "valid": np.array([True, True, False])})
+    metric.add({"sample": true, "bilinear": true},
+               {"image": true, "valid": np.array([True, False, False])})  # fmt: skip
+    found = metric.result()
+    np.testing.assert_allclose(found["sample"], (20 + 40 + 100) / 3)
+    np.testing.assert_allclose(found["bilinear"], (20 + 20 + 100) / 3)
+    np.testing.assert_allclose(found["gain"], 20 / 3)

@@ -1,0 +1,107 @@
+"""Averages of any width after the training, against the average taken directly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cvjax.errors import InputError
+from cvjax.train.loop import fit
+from cvjax.train.optimizer import Optimizer
+from cvjax.train.power_averages import averaged_params, combination, exponent, tracked, width_of
+from tests.train.toys import Linear, Regression
+
+COUNT = 400
+WIDTHS = (0.05, 0.1)
+
+
+def directly(values, width):
+    """Weights (tau^(gamma + 1) - (tau - 1)^(gamma + 1)) / t^(gamma + 1): the recursion unrolled."""
+    tau, power = np.arange(len(values) + 1), exponent(width) + 1
+    return np.diff((tau / len(values)) ** power) @ values
+
+
+@functools.cache
+def walk():
+    """A scalar that wanders: the parameters shown to the optimizer, and the averages after each."""
+    steps = np.random.default_rng(0).normal(size=COUNT + 1).astype(np.float32)
+    optimizer = tracked(1.0, transform=optax.sgd, widths=WIDTHS)
+
+    def step(carry, gradient):
+        params, state = carry
+        updates, state = optimizer.update({"x": gradient}, state, params)
+        averages = [state[1]["power_averages"][str(width)]["x"] for width in WIDTHS]
+        return (optax.apply_updates(params, updates), state), (params["x"], *averages)
+
+    start = {"x": jnp.float32(5.0)}
+    _, shown = jax.jit(lambda s: jax.lax.scan(step, (start, optimizer.init(start)), s))(steps)
+    # The first is the beginning, which is not averaged.
+    return [np.asarray(row, np.float64)[1:] for row in shown]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_tracked_is_the_average_with_the_profile(number):
+    values, *averages = walk()
+    for count in (1, 2, 3, 50, COUNT):
+        expected = directly(values[:count], WIDTHS[number])
+        # float32, over 400 steps of numbers of about 20.
+        np.testing.assert_allclose(averages[number][count - 1], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.06, 0.075, 0.1, 0.13])
+def test_any_width_afterwards(width):
+    values, *averages = walk()
+    counts = np.arange(50, COUNT + 1, 50)
+    factors = combination(np.tile(counts, 2), np.repeat(WIDTHS, len(counts)), COUNT, width)
+    snapshots = np.concatenate([average[counts - 1] for average in averages])
+    expected = directly(values, width)
+    others = [directly(values, other) for other in (width / 1.3, width * 1.3)]
+    # A tenth of what another width would make: the profiles of 16 snapshots are not all of them.
+    error = abs(factors @ snapshots - expected)
+    assert error < 0.1 * min(abs(other - expected) for other in others)
+    assert error < (1e-3 if width in WIDTHS else 0.05)
+    np.testing.assert_allclose(factors.sum(), 1, atol=5e-3)
+
+
+def test_widths_and_exponents():
+    for gamma in (0.1, 1.0, 6.94, 16.97, 100.0):
+        np.testing.assert_allclose(exponent(width_of(gamma)), gamma, rtol=1e-6)
+        # The standard deviation of a density by summation.
+        tau = (np.arange(100_000) + 0.5) / 100_000
+        p = (gamma + 1) * tau**gamma / 100_000
+        deviation = np.sqrt(p @ tau**2 - (p @ tau) ** 2)
+        np.testing.assert_allclose(width_of(gamma), deviation, rtol=1e-3)
+    # Karras et al., section 3.1: 6.94 and 16.97 are 10% and 5%.
+    np.testing.assert_allclose([exponent(0.1), exponent(0.05)], [6.94, 16.97], atol=0.01)
+    for wrong in (0.0, 0.3):
+        with pytest.raises(InputError, match=f"width is {wrong}"):
+            exponent(wrong)
+
+
+def test_of_a_run(tmp_path):
+    """The checkpoints of a run that was tracked have what is needed, and those of others not."""
+    make = functools.partial(tracked, transform=functools.partial(optax.sgd))
+    options = dict(steps=40, batch_size=16, checkpoint_every=5, keep=8, tensorboard=False)
+    result = fit(
+        Regression(), Linear(), optimizer=Optimizer(make, 0.05), workdir=tmp_path / "run", **options
+    )
+    params = result.state.params["model"]
+    kept = result.state.opt_state["model"]
+    (state,) = [part[1] for part in jax.tree.leaves(kept, is_leaf=is_tracked) if is_tracked(part)]
+    found = averaged_params(tmp_path / "run", "model", params, 0.1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        found, state["power_averages"]["0.1"],
+    )  # fmt: skip
+    between = averaged_params(tmp_path / "run", "model", params, 0.07)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(between), strict=True):
+        assert a.dtype == b.dtype and not np.array_equal(a, b)
+    with pytest.raises(InputError, match="no checkpoint with averages"):
+        averaged_params(tmp_path, "model", params, 0.1)
+
+
+def is_tracked(part):
+    return isinstance(part, tuple) and len(part) == 2 and "power_averages" in (part[1] or {})
