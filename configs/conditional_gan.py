@@ -5,6 +5,10 @@ on every layer, conditional BatchNorm in the generator, the non-saturating loss;
 with averaged weights, for which the BatchNorm statistics are taken anew.
 
     python main.py --config=configs/conditional_gan.py
+    python experiments/frechet/run.py --workdir=runs/conditional_gan
+
+After 500 of its steps (41 CPU-seconds, without the falling rate) FD-digits was 3.8 (held-out digits
+0.14), agreement .878; the whole length has not been measured.
 """
 
 from ml_collections import ConfigDict

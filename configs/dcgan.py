@@ -7,6 +7,8 @@ transposed convolutions depth-to-space.
 
     python main.py --config=configs/dcgan.py
     python experiments/frechet/run.py --workdir=runs/dcgan
+
+Its samples have not been measured.
 """
 
 from ml_collections import ConfigDict
