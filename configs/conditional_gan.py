@@ -5,6 +5,10 @@ on every layer, conditional BatchNorm in the generator, the non-saturating loss;
 with averaged weights, for which the BatchNorm statistics are taken anew.
 
     python main.py --config=configs/conditional_gan.py
+    python experiments/frechet/run.py --workdir=runs/conditional_gan
+
+After 500 of its steps (41 CPU-seconds, without the falling rate) FD-digits was 3.8 (held-out digits
+0.14), agreement .878; the whole length has not been measured.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +18,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.steps = 3000
-    config.batch_size = 64
+    config.batch_size = 32
     config.parallel = "jit"
     config.log_every = 100
     config.evaluate_every = 1000
@@ -33,7 +37,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         ),
         discriminator=dict(
             type="gan.model.Discriminator",
-            widths=(32, 64, 128),
+            widths=(48, 96, 192),
             num_classes=10,
             spectral_norm=True,
         ),
@@ -48,7 +52,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adam", b1=0.5, b2=0.99),
-        learning_rate=dict(type="optax.constant_schedule", value=5e-4),
+        learning_rate=dict(type="optax.linear_schedule", init_value=1e-3, end_value=1e-4),
         clip_norm=None,
         accumulate=1,
     )

@@ -7,6 +7,8 @@ transposed convolutions depth-to-space.
 
     python main.py --config=configs/dcgan.py
     python experiments/frechet/run.py --workdir=runs/dcgan
+
+Its samples have not been measured.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +17,8 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000
-    config.batch_size = 64
+    config.steps = 2000
+    config.batch_size = 32
     config.parallel = "jit"
     config.log_every = 100
     config.evaluate_every = 1000
@@ -35,7 +37,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         ),
         discriminator=dict(
             type="gan.model.Discriminator",
-            widths=(32, 64, 128),
+            widths=(48, 96, 192),
             num_classes=0,
             spectral_norm=True,
         ),
@@ -50,7 +52,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adam", b1=0.5, b2=0.99),
-        learning_rate=dict(type="optax.constant_schedule", value=5e-4),
+        learning_rate=dict(type="optax.linear_schedule", init_value=1e-3, end_value=1e-4),
         clip_norm=None,
         accumulate=1,
     )

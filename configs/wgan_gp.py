@@ -7,6 +7,8 @@ of which sees other digits.
     python main.py --config=configs/wgan_gp.py
     python experiments/frechet/run.py --workdir=runs/wgan_gp
 
+Its samples have not been measured.
+
 Weight clipping (Arjovsky et al. 2017, arXiv:1701.07875) in place of the penalty:
 
     --config.task.gradient_penalty=0.0

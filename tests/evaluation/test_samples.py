@@ -4,7 +4,6 @@ import copy
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -171,21 +170,23 @@ def test_nearest_distances():
     np.testing.assert_allclose(nearest_distances(real, real[:3]), 0, atol=1e-6)
 
 
-def test_a_config_makes_the_evaluator_with_weights_from_a_file(tmp_path):
-    model = {"type": "nn.resnet.ResNet", "stem": "cifar", "width": 2, "stage_sizes": (1, 1)}
-    plain = build(model)
-    variables = jax.jit(plain.init)(jax.random.key(3), jnp.zeros((1, SIDE, SIDE, 1)))
-    names = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    flat = {"/".join(k): np.asarray(v) for k, v in flatten(names).items()}
-    np.savez(tmp_path / "weights.npz", **flat)
-    initialize = {"type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")}
-    extractor = {
-        "type": "evaluation.extractor.Extractor", "name": "digits", "model": model,
-        "initialize": initialize, "image_shape": (SIDE, SIDE, 1),
-    }  # fmt: skip
-    built = build(extractor)
-    for key, value in flat.items():
-        np.testing.assert_array_equal(flatten(built.variables)[tuple(key.split("/"))], value)
+def test_a_config_makes_the_extractor_with_weights_from_a_file(extractor, tmp_path):
+    arrays = {"/".join(path): np.asarray(x) for path, x in flatten(extractor.variables).items()}
+    np.savez(tmp_path / "weights.npz", **arrays)
+    built = build(
+        {
+            "type": "evaluation.extractor.Extractor",
+            "name": "toy",
+            "model": {"type": "tests.evaluation.test_samples.Tiny"},
+            "initialize": {
+                "type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")
+            },
+            "image_shape": (SIDE, SIDE, 1),
+        }
+    )  # fmt: skip
+    images = all_of(source(10))
+    for one, other in zip(built(images), extractor(images), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def flatten(tree, path=()):
