@@ -68,6 +68,11 @@ class LPIPS:
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Returns float32 [b]. Raises InputError where the package is not installed."""
+        least = 31 if self.net == "alexnet" else 16
+        if min(a.shape[1:3]) < least:
+            raise InputError(
+                f"LPIPS: images are {a.shape[1]} x {a.shape[2]}; {self.net} needs {least} x {least}"
+            )
         network, linear = _lpips_weights(self.net)
         both = jnp.concatenate([_colored(a), _colored(b)])
         maps = [

