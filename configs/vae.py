@@ -1,9 +1,9 @@
 """Variational autoencoder of 4,000 real MNIST digits, 16 latents.
 
 Convolutional encoder and decoder, Bernoulli likelihood (Kingma and Welling 2014, arXiv:1312.6114);
-4,000 digits are few, so that they are turned, scaled and moved a little. On the 1,000
-held-out ones:
-ELBO -103.6, NLL at most 100.1 nats (64 importance samples; seed 0), 160 s on two shared cores.
+4,000 digits are few, so that they are turned, scaled and moved a little; the KL term sets in over
+the first 300 steps.
+The figure of these settings was not measured yet.
 
     python main.py --config=configs/vae.py
 """
@@ -26,9 +26,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
         transforms=dict(
             affine=dict(
                 type="data.transforms.geometry.random_affine",
-                degrees=10.0,
-                scale=(0.9, 1.1),
-                pixels=1.0,
+                degrees=7.0,
+                scale=(0.93, 1.07),
+                pixels=0.7,
             ),
         ),
         threads=0,
@@ -43,14 +43,14 @@ def get_config(tiny: bool = False) -> ConfigDict:
         latents=16,
         likelihood=dict(type="autoencoder.likelihoods.Bernoulli"),
         beta=1.0,
-        warmup_steps=0,
+        warmup_steps=300,
         free_bits=0.0,
         importance_samples=64,
     )
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adamw"),
-        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=2e-3),
+        transform=dict(type="optax.adamw", b2=0.99),
+        learning_rate=dict(type="optax.cosine_decay_schedule", init_value=4e-3),
         warmup_steps=50,
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=None,

@@ -1,7 +1,7 @@
 """VQ-VAE of 4,000 real MNIST digits: 7 x 7 codes out of 64 for each digit.
 
 van den Oord et al. 2017, arXiv:1711.00937, with a codebook of moving averages and restarts of codes
-that are not used.
+that are not used. Its figures were not measured yet.
 
     python main.py --config=configs/vqvae.py
 """
@@ -32,7 +32,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         bottleneck=dict(
             type="autoencoder.quantize.VectorQuantizer",
             size=64,
-            # The error of a digit is a tenth of its variance-free scale: 0.25 of the paper there.
+            # The paper's 0.25 is for errors divided by the variance of the data, here a tenth.
             commitment=0.025,
             decay=0.98,
             restart_below=0.02,

@@ -256,7 +256,7 @@ class Autoencoder:
             rngs={"codebook": jax.random.fold_in(rng, 1)}, mutable=list(state.model_state),
         )  # fmt: skip
         error = jnp.mean((found - image) ** 2, axis=(1, 2, 3))
-        metrics = {"mse": mean(error, valid), **self._of_codes(code, valid)}
+        metrics = {"mse": mean(error, valid), **self.of_codes(code, valid)}
         total = mean(error + code.loss, valid)
         loss = total.total / jnp.maximum(total.count, 1)
         return loss, ({**state.model_state, **changed}, metrics)
@@ -306,7 +306,8 @@ class Autoencoder:
     def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
         return image if self.corrupt is None else self.corrupt(image, rng)
 
-    def _of_codes(self, code: Quantized, valid: jax.Array) -> Metrics:
+    def of_codes(self, code: Quantized, valid: jax.Array) -> Metrics:
+        """The perplexity of a batch's codes and the bottleneck's loss, where there is one."""
         if self.bottleneck is None:
             return {}
         found = perplexity(code.indices, valid, self.bottleneck.size)
