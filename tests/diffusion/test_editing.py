@@ -77,7 +77,9 @@ def test_repaint_of_all_or_nothing():
             repaint(denoise, process, keys, known, **settings)
 
 
-@pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving("linear")], ids=str)
+@pytest.mark.parametrize(
+    "process", [FlowMatching(), VariancePreserving("linear")], ids=lambda p: type(p).__name__
+)
 def test_inversion_and_back(process):
     x = jnp.asarray(points(500), jnp.float32)
     keys = example_keys(jax.random.key(9), len(x))

@@ -41,7 +41,7 @@ def test_the_sigmas_of_edm(steps):
         np.testing.assert_allclose(found[[1, 2, -2]], [57.586, 40.786, 0.002], rtol=1e-4)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_karras_for_every_process(process):
     """The seventh roots of sigma / alpha fall on a line, down to sigma_min or to t = 0."""
     times = time_steps(grids.karras, process, 20)
@@ -53,7 +53,7 @@ def test_karras_for_every_process(process):
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=2e-3)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_log_snr_for_every_process(process):
     falls = np.diff(log_snr(process, jnp.asarray(time_steps(grids.log_snr, process, 20))))
     # sigma / alpha = 1000 is known to 6e-5: alpha = 1 - sigma.

@@ -56,7 +56,7 @@ def by_ode(process, keys, steps=96, divergence=exact_divergence, x=POINTS):
     )
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_ode_is_the_closed_form(process, keys):
     found = by_ode(process, keys)
     difference = np.asarray(found) - closed_form(process)
@@ -90,7 +90,7 @@ def bound(process, keys, steps=64, wrong=0.0, x=POINTS):
     return vlb(denoise, process, jnp.asarray(x), keys, steps)
 
 
-@pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=str)
+@pytest.mark.parametrize("process", [FlowMatching(), EDM()], ids=lambda p: type(p).__name__)
 def test_bound_is_tight_for_the_exact_denoiser_and_lower_for_a_worse_one(process, keys):
     def mean_and_error(keys, wrong):
         """Of its difference from the truth, over 16 draws of each point's noise."""

@@ -79,7 +79,7 @@ def test_drift_and_diffusion_move_the_marginals(process):
     np.testing.assert_allclose(rate(variance), 2 * f * variance(t) + g**2, atol=5e-3)
 
 
-@pytest.mark.parametrize("process", ROUND, ids=str)
+@pytest.mark.parametrize("process", ROUND, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("source, target", list(itertools.permutations(PARAMETERIZATIONS, 2)))
 def test_round_trips(process, source, target):
     """There and back is the identity, at both ends of time too, for any value and any x."""
@@ -101,7 +101,7 @@ def test_round_trips(process, source, target):
     np.testing.assert_allclose(back, value, rtol=1e-4, atol=lost * float(jnp.abs(value).max()))
 
 
-@pytest.mark.parametrize("process", ROUND, ids=str)
+@pytest.mark.parametrize("process", ROUND, ids=lambda p: type(p).__name__)
 def test_round_trips_in_double_precision_are_exact(process):
     with jax.enable_x64():
         t = jnp.array([0.0, 1e-4, 0.5, 0.9999, 1.0])
@@ -114,7 +114,7 @@ def test_round_trips_in_double_precision_are_exact(process):
             np.testing.assert_allclose(there, values[target], rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_parameterizations_mean_what_they_say(process):
     t = jnp.linspace(0.1, 0.9, 5)
     x0, eps = jax.random.normal(jax.random.key(0), (2, len(t), 3))
@@ -184,7 +184,7 @@ def test_the_time_of_edm_is_sigma():
             EDM(**wrong)
 
 
-@pytest.mark.parametrize("process", ROUND, ids=str)
+@pytest.mark.parametrize("process", ROUND, ids=lambda p: type(p).__name__)
 def test_marginals(process):
     t = jnp.array([0.0, 0.4, 1.0])
     x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
@@ -194,7 +194,7 @@ def test_marginals(process):
     np.testing.assert_allclose(mean, process.alpha(t)[:, None, None] * x0)
 
 
-@pytest.mark.parametrize("process", ROUND, ids=str)
+@pytest.mark.parametrize("process", ROUND, ids=lambda p: type(p).__name__)
 def test_the_time_of_a_noise_level(process):
     t = jnp.array([0.0, 1e-5, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])
     ratio = process.sigma(t) / process.alpha(t)

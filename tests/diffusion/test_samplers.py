@@ -258,7 +258,9 @@ def test_start_in_place_of_noise(name):
 
 
 @pytest.mark.parametrize("sampler", [euler_maruyama, predictor_corrector])
-@pytest.mark.parametrize("process", [FlowMatching(), VariancePreserving("cosine")], ids=str)
+@pytest.mark.parametrize(
+    "process", [FlowMatching(), VariancePreserving("cosine")], ids=lambda p: type(p).__name__
+)
 def test_a_pole_of_the_drift_does_not_fit_equal_steps(sampler, process):
     name = f"{sampler.__name__} does not fit {type(process).__name__}"
     with pytest.raises(InputError, match=f"{name} .* take times=grids.log_snr"):
