@@ -51,7 +51,7 @@ def test_the_flags_of_every_command_are_known(monkeypatch):
     assert len(commands()) > 4
     for command in commands():
         flags, changes = main.parse(command)
-        if flags.config and not any("Folder" in value for _, value in changes):
+        if flags.config and not any("sources" in str(value) for _, value in changes):
             main.configs.override(main.configs.read(str(ROOT / flags.config)), changes)
 
 
