@@ -119,14 +119,15 @@ class VAE:
     ) -> dict[str, jax.Array]:
         """Returns reconstructions under their images, samples, traversals, interpolations.
 
-        A row of the traversals goes with one latent from -3 to 3, the others being 0; a row of the
-        interpolations goes from the latent mean of one image to that of another.
+        In a row of the traversals one latent goes from -3 to 3, the others are those of the first
+        image; a row of the interpolations goes from the latent mean of one image to another's.
         """
         image = _clean(batch)[:10]
         location, _ = self.encode(params, image)
         found = self.likelihood.mean(self.decode(params, location))
         values = jnp.linspace(-3.0, 3.0, 10)
-        lines = jnp.eye(self.latents)[:, None] * values[:, None]  # a row for each latent
+        one = jnp.eye(self.latents, dtype=bool)[:, None]  # a row for each latent
+        lines = jnp.where(one, values[:, None], location[0])
         walk = self.likelihood.mean(self.decode(params, lines.reshape(-1, self.latents)))
         return {
             "reconstructions": draw.grid(jnp.concatenate([image, found]), len(image)),

@@ -78,8 +78,9 @@ def test_the_codebook_follows_the_means_of_what_comes_to_it():
     still = moved(quantizer, variables, z, jnp.zeros(4, bool))
     jax.tree.map(np.testing.assert_array_equal, still, variables["codebook"])
     # With the same data the vectors end at the means of their cells (k-means).
+    step = jax.jit(lambda variables: {"codebook": moved(quantizer, variables, z)})
     for _ in range(200):
-        variables = {"codebook": moved(quantizer, variables, z)}
+        variables = step(variables)
     index = quantizer.apply(variables, z, ALL).indices
     vectors = quantizer.vectors(variables, jnp.arange(3))
     for code in np.unique(index):

@@ -224,3 +224,12 @@ def test_what_cannot_be_is_said():
         Gaussian(0)
     with pytest.raises(InputError, match="levels is 1"):
         DiscretizedLogistic(1)
+
+
+def test_a_traversal_moves_one_latent_of_the_first_image():
+    task, batch = small(), batch_of()
+    params, _ = start(task, batch)
+    picture = task.visualize(params, {}, batch, jax.random.key(0))["traversals"]
+    z = task.encode(params, batch["image"])[0][0].at[1].set(3.0)
+    expected = task.likelihood.mean(task.decode(params, z[None]))[0]
+    np.testing.assert_allclose(picture[6:10, 46:50], expected, atol=1e-6)  # row 1, column 9
