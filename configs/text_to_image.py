@@ -5,7 +5,11 @@ stage makes images of 14 x 14 pixels for captions, with classifier-free guidance
 them 28 x 28 (Nichol et al. 2022, arXiv:2112.10741). Both learn the velocity of straight paths.
 
     python main.py --config=configs/text_to_image.py
-    python experiments/text_to_image/run.py
+    python experiments/text_to_image/run.py --count=300
+
+525 CPU-seconds for both stages on one core of a shared machine. A judge that names 97.3% of
+held-out drawings names the caption's digit in 97.0% of 300 samples of both stages (83.3%
+unguided); the upsampler is 6.0 dB above bilinear (25.6 against 19.6, on held-out drawings).
 """
 
 from ml_collections import ConfigDict
