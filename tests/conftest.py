@@ -1,7 +1,7 @@
 """Every test sees 8 CPU devices, and programs compiled before are kept between runs.
 
-Programs are compiled without LLVM's optimizations: nearly all of the time is spent on compiling, and
-their arithmetic is the same.
+Programs are compiled without LLVM's optimizations: compiling takes nearly all of the time, and their
+arithmetic is the same.
 """
 
 import os

@@ -400,7 +400,7 @@ def test_mutated_annotations_are_records_or_refused(fuzzed, changes):
     data = copy.deepcopy(TINY)
     for path, value in changes:
         try:
-            put(*path, value=value)(data)
+            put(*path, value=copy.deepcopy(value))(data)
         except (KeyError, IndexError, TypeError, AttributeError):
             continue  # An earlier change took the place away.
     (fuzzed / "annotations.json").write_text(json.dumps(data))

@@ -6,6 +6,7 @@ import numpy as np
 
 from cvjax.data.sources import Example
 from cvjax.data.transforms import Transform, fields
+from cvjax.data.transforms.objects import names_of_objects
 from cvjax.data.transforms.settings import check_count
 from cvjax.errors import InputError, nearest
 
@@ -40,12 +41,8 @@ def multi_crop(
             raise InputError(f"counts.{name}: there is no such view{nearest(name, views)}")
         check_count(1, **{f"counts.{name}": count})
     image = {"image": fields.image_of(example)}
-    tied = ("image", "mask", "masks", "boxes", "keypoints")
-    result = {
-        name: value
-        for name, value in example.items()
-        if name not in tied and not name.startswith("box_")
-    }
+    tied = {"image", "mask", "keypoint_swap", "scale", *names_of_objects(example)}
+    result = {name: value for name, value in example.items() if name not in tied}
     for name, transform in views.items():
         images = [transform(image, rng)["image"] for _ in range(counts.get(name, 1))]
         if len({view.shape for view in images}) > 1:
