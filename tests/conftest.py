@@ -1,7 +1,7 @@
 """Every test sees 8 CPU devices, and programs compiled before are kept between runs.
 
-Programs are compiled without LLVM's optimizations: compiling takes nearly all of the time, and their
-arithmetic is the same.
+Programs are compiled without LLVM's optimizations: tests are small, and compiling takes nearly all
+of their time. The arithmetic is the same.
 """
 
 import os
