@@ -252,7 +252,7 @@ def test_a_batch_is_learned_by_heart():
         return optax.apply_updates(params, updates), moments
 
     step, _ = step_of()
-    for number in range(150):
+    for number in range(250):
         ((_, (model_state, _)), gradient), (found, pictures) = step(
             params, model_state, batch, jax.random.key(number)
         )
