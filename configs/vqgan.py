@@ -39,7 +39,11 @@ def get_config(tiny: bool = False) -> ConfigDict:
             decay=0.98,
             restart_below=0.02,
         ),
-        discriminator=dict(type="autoencoder.model.PatchDiscriminator", widths=(32, 64)),
+        discriminator=dict(
+            type="gan.model.PatchDiscriminator",
+            widths=(32, 64, 64),
+            spectral_norm=False,
+        ),
         adversarial=dict(type="gan.losses.Hinge"),
         last_layer="decoder/last/kernel",
         perceptual=None,

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from cvjax.errors import InputError, nearest
 from cvjax.train.evaluation import eval_loader_of, evaluate
 from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
+from cvjax.train.state import TrainState
 
 log = logging.getLogger("cvjax")
 
@@ -58,39 +59,72 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     return 0
 
 
-def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) -> int:
-    plain = configs.save_json(config)
+class Run(NamedTuple):
+    """A run that was trained: its task, its newest state, and its data."""
+
+    task: Any
+    state: TrainState
+    train: Any
+    test: Any
+
+
+def load_run(workdir: Path, changes: list[tuple[str, str]] = ()) -> Run:
+    """Reads a run back from its work directory alone, for a script or a notebook.
+
+    `changes`, (field, value) as of `cvjax.config.override`, apply to the config that was saved.
+
+    Raises:
+      InputError: nothing was saved there, or a change does not fit.
+    """
+    config = configs.override(configs.load_json(Path(workdir) / "config.json"), changes)
+    built = _built(config, build(configs.buildable(config)))
+    state = _newest_state(built, Path(workdir))
+    return Run(built["task"], state, built["data"], built["eval_data"])
+
+
+def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
+    """What was built as arguments of `fit`, after checks that take the whole config."""
+    built = dict(built)
     data = built.pop("data")
     for name in data:
         if name not in DATA:
             raise InputError(f"config.data.{name}: no such field{nearest(name, DATA)}")
     for name in ("train", "test"):
-        check_num_classes(plain.get("task", {}), data.get(name), f"config.data.{name}")
+        check_num_classes(
+            configs.save_json(config).get("task", {}), data.get(name), f"config.data.{name}"
+        )
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
     loader["eval_transforms"] = tuple((loader.pop("test_transforms", None) or {}).values())
+    return built | {"data": data["train"], "eval_data": data.get("test"), "loader": loader}
+
+
+def _newest_state(built: dict[str, Any], workdir: Path) -> TrainState:
+    return load_state(
+        built["task"], built["data"], workdir, steps=built["steps"],
+        batch_size=built["batch_size"], seed=built.get("seed", 0),
+        optimizer=built.get("optimizer"), ema=built.get("ema"), loader=built["loader"],
+    )  # fmt: skip
+
+
+def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) -> int:
+    plain, built = configs.save_json(config), _built(config, built)
     if mode == "train":
         saved = workdir / "config.json"
         if saved.exists():
             for line in configs.differences(json.loads(saved.read_text()), plain):
                 log.warning("%s goes on with another config: %s", workdir, line)
-        result = fit(
-            data=data["train"], eval_data=data.get("test"), loader=loader, workdir=workdir,
-            config=plain, **built,
-        )  # fmt: skip
+        result = fit(workdir=workdir, config=plain, **built)
         if result.received is None and result.workdir is not None:
             log.info("done: look into %s (curves.png, pictures/, metrics.jsonl)", workdir)
         return 128 + result.received if result.received is not None else 0
 
     task, seed, size = built["task"], built.get("seed", 0), built["batch_size"]
-    state = load_state(
-        task, data["train"], workdir, steps=built["steps"], batch_size=size, seed=seed,
-        optimizer=built.get("optimizer"), ema=built.get("ema"), loader=loader,
-    )  # fmt: skip
+    data, loader, state = built["eval_data"], built["loader"], _newest_state(built, workdir)
     if mode == "evaluate":
         found, pictures = evaluate(
-            task, state, data["test"], batch_size=size, evaluators=built.get("evaluators"),
-            loader=loader, seed=seed,
+            task, state, data, batch_size=size, evaluators=built.get("evaluators"), loader=loader,
+            seed=seed,
         )  # fmt: skip
         for name, value in found.items():
             print(f"{name}: {value:.6g}")
@@ -98,7 +132,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
         for name, picture in pictures.items():
             draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0
-    return _predict(task, state, eval_loader_of(data["test"], size, loader), seed, workdir)
+    return _predict(task, state, eval_loader_of(data, size, loader), seed, workdir)
 
 
 def check_num_classes(task: Any, source: Any, where: str, path: str = "config.task") -> None:

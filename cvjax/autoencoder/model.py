@@ -1,9 +1,10 @@
-"""Convolutional encoders, decoders of convolutions and depth-to-space, a discriminator."""
+"""Convolutional encoders, and decoders of convolutions and depth-to-space."""
 
 import flax.linen as nn
 import jax
 
 from cvjax.errors import InputError
+from cvjax.nn.unet import depth_to_space
 
 
 class Encoder(nn.Module):
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
         x = nn.silu(nn.Dense(height // scale * (width // scale) * self.widths[0])(x))
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
         for size in (*self.widths[1:], None):
-            x = depth_to_space(nn.Conv(4 * (size or channels), (3, 3))(x))
+            x = depth_to_space(nn.Conv(4 * (size or channels), (3, 3))(x), 2)
             x = x if size is None else nn.silu(x)
         return x
 
@@ -77,7 +78,7 @@ class GridDecoder(nn.Module):
         """Returns float images, of any range."""
         x = Residual()(nn.Conv(self.widths[0], (3, 3))(z))
         for width in self.widths:
-            x = depth_to_space(nn.Conv(4 * width, (3, 3))(nn.silu(x)))
+            x = depth_to_space(nn.Conv(4 * width, (3, 3))(nn.silu(x)), 2)
         return nn.Conv(self.channels, (3, 3), name="last")(nn.silu(x))
 
 
@@ -89,28 +90,3 @@ class Residual(nn.Module):
         """[b, h, w, c] to the same."""
         y = nn.Conv(x.shape[-1], (3, 3))(nn.silu(x))
         return x + nn.Conv(x.shape[-1], (1, 1))(nn.silu(y))
-
-
-class PatchDiscriminator(nn.Module):
-    """Images [b, h, w, c] to logits [b, h', w'], each of one patch of the image.
-
-    P. Isola et al., https://arxiv.org/abs/1611.07004, section 3.2.2; GroupNorm in the place of
-    BatchNorm, so that no image sees another.
-    """
-
-    widths: tuple[int, ...] = (32, 64)
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns float [b, h / 2^n, w / 2^n]."""
-        x = 2 * x - 1
-        for i, width in enumerate(self.widths):
-            x = nn.Conv(width, (4, 4), strides=2)(x)
-            x = nn.leaky_relu(nn.GroupNorm(num_groups=1)(x) if i else x, 0.2)
-        return nn.Conv(1, (3, 3))(x)[..., 0]
-
-
-def depth_to_space(x: jax.Array) -> jax.Array:
-    """[b, h, w, 4 c] to [b, 2 h, 2 w, c]: each pixel's channels become a square of 2 x 2."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h, w, 2, 2, c // 4).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c // 4)

@@ -39,7 +39,7 @@ class VQGAN:
     Attributes:
       encoder, decoder, bottleneck: as of `Autoencoder`.
       discriminator: `__call__(image [b, h, w, c]) -> logits [b, ...]`, of parameters alone, such as
-        `autoencoder.model.PatchDiscriminator`.
+        `gan.model.PatchDiscriminator` without spectral norm.
       adversarial: an object with `real`, `fake` and `generator`, each of logits and as large, such
         as those of `gan.losses`.
       last_layer: the path of the kernel of the decoder's last layer in the autoencoder's

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.errors import InputError
+from cvjax.nn.unet import depth_to_space
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -63,9 +64,7 @@ class Generator(nn.Module):
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
         for size in (*self.widths[1:], self.widths[-1] // 2):
             x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))
-            x = nn.Conv(4 * size, (3, 3))(x)
-            b, h, w, _ = x.shape
-            x = x.reshape(b, h, w, 2, 2, size).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, size)
+            x = depth_to_space(nn.Conv(4 * size, (3, 3))(x), 2)
         x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))
         return nn.sigmoid(nn.Conv(channels, (3, 3))(x))
 

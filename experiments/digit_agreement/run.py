@@ -19,23 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import main
-from cvjax import config as configs
-from cvjax.build import build
+from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
-from cvjax.train.loop import load_state
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(workdir: Path):
-    """The task, its newest state and its held-out data, from a work directory."""
-    built = build(configs.buildable(configs.load_json(workdir / "config.json")))
-    data = built.pop("data")
-    state = load_state(
-        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
-        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
-    )  # fmt: skip
-    return built["task"], state, data["test"]
 
 
 def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
@@ -48,8 +35,8 @@ def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
             arguments = [f"--config={ROOT}/configs/{config}.py", f"--workdir={folder}", *flags]
             if code := main.main(arguments):
                 sys.exit(code)
-    task, state, _ = load(workdir)
-    judge, judge_state, held_out = load(judge_workdir)
+    task, state, *_ = load_run(workdir)
+    judge, judge_state, _, held_out = load_run(judge_workdir)
     found, _ = evaluate(judge, judge_state, held_out, batch_size=100)
     result = {"judge accuracy on the held-out digits": found["accuracy"]}
 

@@ -34,8 +34,8 @@ from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
 from cvjax.nn.inception import InceptionV3
 from cvjax.nn.pretrained import load_pretrained
+from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
-from cvjax.train.loop import load_state
 from cvjax.train.restore import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -62,18 +62,6 @@ def inception(weights: Path) -> Extractor:
     return Extractor("inception", InceptionV3(), initialize, image_shape=(299, 299, 3))
 
 
-def run_of(workdir: Path, changes: list[tuple[str, str]]):
-    """The task of a work directory, its newest state, and its data, with changes to its config."""
-    config = configs.override(configs.load_json(workdir / "config.json"), changes)
-    built = build(configs.buildable(config))
-    data = built["data"]
-    state = load_state(
-        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
-        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
-    )  # fmt: skip
-    return built["task"], state, data["train"], data["test"]
-
-
 def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 [n, h, w, channels], and the labels where the images are in folders of classes."""
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
@@ -95,7 +83,7 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
     if (flags.workdir is None) == (flags.images is None):
         raise InputError("give either --workdir or --images")
     if flags.workdir is not None:
-        task, state, train, held_out = run_of(flags.workdir, changes)
+        task, state, train, held_out = load_run(flags.workdir, changes)
     else:
         train, held_out = Digits("train"), Digits("test")
     if flags.train is not None:

@@ -4,8 +4,8 @@
 
 trains the main job and its judge (configs/diffusion.py and classification.py, another seed) in
 runs/ if they are not there, draws the same 500 digits by every sampler, without guidance, and
-prints their Fréchet distance to the 4,000 training digits in the judge's 64 features ("FD-digits")
-for each number of evaluations. Writes results.json and samplers.png beside this file.
+prints their FD-digits (as of experiments/frechet) for each number of evaluations. Writes
+results.json and samplers.png beside this file.
 """
 
 import argparse
@@ -22,14 +22,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import main
-from cvjax import config as configs
 from cvjax import draw
-from cvjax.build import build
 from cvjax.diffusion import grids, samplers
 from cvjax.diffusion.samplers.adaptive import solve
 from cvjax.errors import InputError
-from cvjax.evaluation import frechet_distance
-from cvjax.train.loop import load_state
+from cvjax.evaluation.samples import SampleQuality
+from cvjax.run import load_run
+from experiments.frechet.run import judge
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 COUNT, PART = 500, 100
@@ -51,21 +50,6 @@ SAMPLERS = {
 STOCHASTIC = ("Heun, churn", "DDPM", "Euler-Maruyama", "predictor-corrector")
 
 
-def load(workdir: Path, config: str, flags: tuple[str, ...] = ()):
-    """The task, its state and the data of a run, which is made if it is not there."""
-    if not (workdir / "config.json").exists():
-        arguments = [f"--config={ROOT}/configs/{config}.py", f"--workdir={workdir}", *flags]
-        if code := main.main(arguments):
-            sys.exit(code)
-    built = build(configs.buildable(configs.load_json(workdir / "config.json")))
-    data = built.pop("data")
-    state = load_state(
-        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
-        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
-    )  # fmt: skip
-    return built["task"], state, data
-
-
 def steps_for(sampler: Any, process: Any, budget: int) -> int | None:
     """Steps for about `budget` evaluations, one or two each; None where the sampler refuses."""
     for steps in (budget, (budget + 1) // 2):
@@ -78,32 +62,15 @@ def steps_for(sampler: Any, process: Any, budget: int) -> int | None:
 
 
 def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
-    """{sampler: [[evaluations, FD-digits, agreement], ...]}, and the floor."""
-    task, state, data = load(workdir, "diffusion")
-    judge, judge_state, _ = load(judge_workdir, "classification", ("--config.seed=100",))
+    """{sampler: [[evaluations, FD-digits, agreement], ...]}, and the same of held-out digits."""
+    if not (workdir / "config.json").exists():
+        arguments = [f"--config={ROOT}/configs/diffusion.py", f"--workdir={workdir}"]
+        if code := main.main(arguments):
+            sys.exit(code)
+    task, state, train, held_out = load_run(workdir)
     process, params = task.process, state.averaged_params["network"]
-    judge_variables = {"params": judge_state.averaged_params["model"], **judge_state.model_state}
-
-    @jax.jit
-    def features(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inputs = (images - judge.mean) / judge.std
-        stages = judge.model.apply(judge_variables, inputs, method="features")
-        logits = judge.model.apply(judge_variables, inputs)
-        return jnp.mean(list(stages.values())[-1], axis=(1, 2)), jnp.argmax(logits, axis=-1)
-
-    def judged(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        parts = [features(images[i : i + PART]) for i in range(0, len(images), PART)]
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-    def images_of(source: Any, count: int) -> np.ndarray:
-        return np.stack([source[i]["image"] for i in range(count)]).astype(np.float32) / 255
-
-    real, _ = judged(images_of(data["train"], 4000))
-    held_out = data["test"]
-    floor, _ = judged(images_of(held_out, COUNT))
-    results = {"real": [[0, frechet_distance(real, floor), 1.0]]}
-    print(f"{COUNT} held-out digits: FD {results['real'][0][1]:.2f}", flush=True)
-
+    quality = SampleQuality(judge(judge_workdir), train, held_out, cache=ROOT / "runs/features")
+    results: dict[str, Any] = {}
     labels = np.arange(COUNT) % 10
 
     def score(name: str, sample: Any) -> None:
@@ -117,8 +84,9 @@ def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
         parts = [part_of(labels[i : i + PART], i) for i in range(0, COUNT, PART)]
         images = np.concatenate([images for images, _ in parts])
         count = float(np.mean([np.mean(count) for _, count in parts]))
-        found, named = judged(images)
-        distance, agreement = frechet_distance(real, found), float(np.mean(named == labels))
+        found = quality.score(images, labels)
+        distance, agreement = found["FD-digits"], found["agreement"]
+        results["real"] = [[0, found["FD-digits_real"], found["agreement_real"]]]
         results.setdefault(name, []).append([count, distance, agreement])
         print(f"{name}, {count:.0f} evaluations: FD {distance:.2f}, {agreement:.3f}", flush=True)
         (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -22,27 +22,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import main
-from cvjax import config as configs
 from cvjax import draw
-from cvjax.build import build
 from cvjax.diffusion.editing import repaint
 from cvjax.diffusion.samplers import example_keys
-from cvjax.train.loop import load_state
+from cvjax.run import load_run
 
 ROOT = Path(__file__).parents[2]
 SOURCE = "data.sources.captioned_digits.CaptionedDigits"
 BATCH = 100
-
-
-def load(workdir: Path):
-    """The task of a work directory, its newest averaged parameters, and its held-out data."""
-    built = build(configs.buildable(configs.load_json(workdir / "config.json")))
-    data = built["data"]
-    state = load_state(
-        built["task"], data["train"], workdir, steps=built["steps"], seed=built["seed"],
-        batch_size=built["batch_size"], optimizer=built["optimizer"], ema=built["ema"],
-    )  # fmt: skip
-    return built["task"], state, data["test"]
 
 
 def train(workdir: Path, judge: Path) -> None:
@@ -66,9 +53,9 @@ def train(workdir: Path, judge: Path) -> None:
 def run(workdir: Path, judge_workdir: Path, count: int, seed: int) -> dict[str, Any]:
     """Returns the agreement with the captions' digits, by guidance weight."""
     train(workdir, judge_workdir)
-    base, base_state, _ = load(workdir / "base")
-    upsampler, state, held_out = load(workdir / "upsampler")
-    judge, judge_state, judged = load(judge_workdir)
+    base, base_state, *_ = load_run(workdir / "base")
+    upsampler, state, _, held_out = load_run(workdir / "upsampler")
+    judge, judge_state, _, judged = load_run(judge_workdir)
     records = [held_out[i] for i in range(count)]
     tokens = np.stack([record["tokens"] for record in records])
     labels = np.array([record["label"] for record in records])

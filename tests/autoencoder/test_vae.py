@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from cvjax.autoencoder.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
-from cvjax.autoencoder.model import Decoder, Encoder, depth_to_space
+from cvjax.autoencoder.model import Decoder, Encoder
 from cvjax.autoencoder.task import VAE, importance_weighted_bound, kl_divergence
 from cvjax.errors import InputError
 from cvjax.train.state import TrainState
@@ -72,15 +72,6 @@ def test_the_divergence_is_the_integral():
         kl_divergence(jnp.float32(0.7), jnp.float32(-0.4)), expected, rtol=1e-5
     )
     assert kl_divergence(jnp.float32(0), jnp.float32(0)) == 0
-
-
-def test_depth_to_space_by_loops():
-    x = draw(0, 1, 2, 3, 8)
-    y = depth_to_space(jnp.asarray(x))
-    for i in range(4):
-        for j in range(6):
-            square = x[0, i // 2, j // 2].reshape(2, 2, 2)
-            np.testing.assert_array_equal(y[0, i, j], square[i % 2, j % 2])
 
 
 class Linear(nn.Module):

@@ -62,6 +62,15 @@ def test_depth_and_space():
     np.testing.assert_array_equal(depth_to_space(y, 2), x)
 
 
+def test_depth_to_space_by_loops():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
+    y = depth_to_space(jnp.asarray(x), 2)
+    for i in range(4):
+        for j in range(6):
+            square = x[0, i // 2, j // 2].reshape(2, 2, 2)
+            np.testing.assert_array_equal(y[0, i, j], square[i % 2, j % 2])
+
+
 def test_begins_as_zero():
     network, args = UNet(**(SMALL | dict(multipliers=(1,), attention=()))), inputs()
     y, _ = jax.jit(network.init_with_output)(jax.random.key(0), *args)
