@@ -72,8 +72,7 @@ def step_of(kind, dtype="float32"):
             for method in (task.evaluate, task.predict)
         ]
 
-    # These few steps are over sooner than a better program is compiled.
-    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}), traces
+    return jax.jit(step), traces
 
 
 def run(kind, batch, dtype="float32"):
