@@ -11,6 +11,7 @@ from clu.metrics import Average
 
 from cvjax import draw
 from cvjax.detection.boxes import clip
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
@@ -42,6 +43,9 @@ class Detection:
       mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default
         maps [0, 1] to [-1, 1].
       shown_score: predictions with a lower score are not drawn.
+
+    Raises:
+      InputError: a batch has no boxes, or not what is named in `fields`.
     """
 
     model: nn.Module
@@ -162,6 +166,9 @@ class Detection:
 
     def _truth(self, batch: Batch) -> Batch:
         """The truth with zeros in each row that is not valid, and at least one row."""
+        for name in ("boxes", "box_label", "box_valid", *self.fields):
+            if name not in batch:
+                raise InputError(f"Detection: the batch has no {name!r}, only {', '.join(batch)}")
         height, width = batch["image"].shape[1:3]
         valid = jnp.asarray(batch["valid"])
         boxes = jnp.asarray(batch["boxes"], jnp.float32)

@@ -218,8 +218,7 @@ def test_the_loss_and_detections_of_the_mask_head():
     expected = 0
     for row, index in ((0, 1), (1, 0)):
         target = (
-            np.asarray(crop(truth["masks"], np.array([index]), BOXES[row : row + 1], 4))[0]
-            >= 0.5
+            np.asarray(crop(truth["masks"], np.array([index]), BOXES[row : row + 1], 4))[0] >= 0.5
         )
         logit = np.float64(outputs[row, ..., truth["box_label"][index] + 1])
         p = 1 / (1 + np.exp(-logit))
@@ -255,9 +254,7 @@ def test_where_a_point_lies_in_its_map():
     for found, seen, (*_, expected) in zip(place[0], counts[0], cases, strict=True):
         assert seen == (expected is not None)
         assert found == (expected[1] * 56 + expected[0] if expected else 0)
-    _, counts = place_of(
-        np.float32([[[5, 5, 2]]] * 2), np.float32([[5, 5, 5, 9], [9, 9, 3, 4]]), 8
-    )
+    _, counts = place_of(np.float32([[[5, 5, 2]]] * 2), np.float32([[5, 5, 5, 9], [9, 9, 3, 4]]), 8)
     assert not counts.any()
 
 
