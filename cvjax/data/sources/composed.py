@@ -63,8 +63,8 @@ class _Composed:
         rng = np.random.default_rng((self.seed, index))
         example = self.source[index % len(self.source)]
         if "boxes" not in example:
-            raise InputError(f"{type(self).__name__}: the records have no boxes, only "
-                             f"{', '.join(example)}")  # fmt: skip
+            found = ", ".join(example)
+            raise InputError(f"{type(self).__name__}: the records have no boxes, only {found}")
         rows = self.max_instances or len(example["boxes"])
         made = self._compose(example, rng) if rng.random() < self.p else self._alone(example, rng)
         made = real_objects(made)
