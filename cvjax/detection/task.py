@@ -72,7 +72,7 @@ class Detection:
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The weighted sum of the losses; 0 for a batch of nothing."""
-        valid = jnp.asarray(batch["valid"])
+        valid = jnp.asarray(batch["valid"], bool)
         any_valid = jnp.any(valid)
         # The statistics of no rows at all would be NaN.
         told = self._told(valid=valid | ~any_valid, truth=self._truth(batch))
@@ -170,11 +170,11 @@ class Detection:
             if name not in batch:
                 raise InputError(f"Detection: the batch has no {name!r}, only {', '.join(batch)}")
         height, width = batch["image"].shape[1:3]
-        valid = jnp.asarray(batch["valid"])
+        valid = jnp.asarray(batch["valid"], bool)
         boxes = jnp.asarray(batch["boxes"], jnp.float32)
         inside = clip(boxes, height, width)
         has_area = jnp.all(inside[..., 2:] > inside[..., :2], axis=-1)
-        real = jnp.asarray(batch["box_valid"]) & valid[:, None] & has_area
+        real = jnp.asarray(batch["box_valid"], bool) & valid[:, None] & has_area
         for name in ("crowd", "ignore"):
             if name in batch:
                 real &= ~jnp.asarray(batch[name], bool)

@@ -383,6 +383,9 @@ def test_crowds_and_what_is_to_be_ignored_are_no_truth():
     params, model_state = jax.jit(task.init)(key, batch)
     found = evaluate(params, model_state, batch, key)
     assert found["box_valid"].compute() == 18
+    numbers = {k: v.astype(float) if v.dtype == bool else v for k, v in batch.items()}
+    again = evaluate(params, model_state, numbers, key)
+    assert {k: v.compute() for k, v in again.items()} == {k: v.compute() for k, v in found.items()}
     assert found["masks"].compute() == batch["masks"][real].sum()
     points = batch["keypoints"][real]
     np.testing.assert_allclose(

@@ -10,8 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from cvjax.data.sources import Example
-from cvjax.data.sources import scenes
+from cvjax.data.sources import Example, scenes
 from cvjax.data.sources.digits import Digits
 from cvjax.errors import InputError, nearest
 
