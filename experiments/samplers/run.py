@@ -42,7 +42,7 @@ SAMPLERS = {
     "UniPC": samplers.unipc,
     "DDPM": samplers.ddpm,
     "Euler-Maruyama": partial(samplers.euler_maruyama, times=grids.log_snr),
-    "predictor-corrector": partial(samplers.predictor_corrector, times=grids.log_snr),
+    "predictor-corrector": samplers.predictor_corrector,
     "DDIM, Karras": partial(samplers.ddim, times=grids.karras),
     "Heun, Karras": partial(samplers.heun, times=grids.karras),
     "UniPC, log SNR": partial(samplers.unipc, times=grids.log_snr),
