@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2400
+    config.steps = 7200
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 800
+    config.evaluate_every = 3600
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
