@@ -88,6 +88,25 @@ def test_a_denoiser_sees_the_corrupted_and_is_asked_for_the_clean_image():
     assert loss == pytest.approx(float(jnp.mean((raw - batch["image"]) ** 2)), rel=1e-5)
 
 
+def test_a_single_image_has_pictures_too():
+    task, batch = TASKS["plain"], batch_of(1)
+    shapes = jax.eval_shape(
+        lambda: task.visualize(*task.init(jax.random.key(0), batch), batch, jax.random.key(0))
+    )
+    assert shapes["interpolations"].shape == (13 + 1, 10 * 13 + 1, 1)
+    np.testing.assert_array_equal(between(jnp.ones((1, 2)), 3), jnp.ones((3, 2)))
+
+
+def test_impossible_decoders_and_images():
+    task = Autoencoder(GridEncoder(2, (4,)), GridDecoder(3, (4,)))
+    with pytest.raises(InputError, match=r"gives \[6, 12, 12, 3\]; of images \[6, 12, 12, 1\]"):
+        jax.eval_shape(task.init, jax.random.key(0), batch_of())
+    batch = {name: np.asarray(value) for name, value in batch_of().items()}
+    task.check(batch)
+    with pytest.raises(InputError, match="images have values from -"):
+        task.check(batch | {"image": batch["image"] - 1})
+
+
 def test_interpolations_begin_and_end_at_the_images():
     z = jnp.arange(10.0).reshape(5, 2)
     line = between(z, 3)

@@ -129,5 +129,10 @@ def test_what_cannot_be_is_said(batch):
             dataclasses.replace(TASK, masked=share)
     with pytest.raises(InputError, match="9 x 12; they must be multiples of patch=4"):
         patches_of(jnp.zeros((1, 9, 12, 1)), 4)
+    narrow = dataclasses.replace(TASK, decoder=PatchDecoder(1, width=8, heads=2))
+    with pytest.raises(InputError, match=r"gives \[4, 6, 1\].* must give \[4, 6, 16\]"):
+        jax.eval_shape(narrow.init, jax.random.key(0), batch)
+    with pytest.raises(InputError, match="values from nan to nan"):
+        TASK.check({"image": np.full((1, *SHAPE), np.nan), "valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="at least 2 patches"):
         TASK.split(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))

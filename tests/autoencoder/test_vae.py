@@ -64,6 +64,16 @@ def test_the_discretized_logistic_sums_to_one_and_has_gradients_far_away(locatio
     assert np.isfinite(jax.grad(lambda x: log_prob(x).sum())(outputs)).all()
 
 
+def test_the_discretized_logistic_where_it_is_flat():
+    """A level's mass is its width times the density 1 / (4 scale), however large the scale is."""
+    image, scales = jnp.full((4, 1, 1, 1), 0.5), jnp.array([3.0, 20.0, 90.0, 300.0])
+    outputs = jnp.stack([jnp.full(4, 0.4), scales], axis=-1)[:, None, None]
+    log_prob = lambda outputs: DiscretizedLogistic().log_prob(outputs, image)  # noqa: E731
+    np.testing.assert_allclose(log_prob(outputs), -np.log(4 * 255) - scales, rtol=1e-5)
+    slope = jax.grad(lambda x: log_prob(x).sum())(outputs)[..., 1].ravel()
+    np.testing.assert_allclose(slope, -1, rtol=1e-4)
+
+
 def test_the_divergence_is_the_integral():
     x = np.linspace(-12, 12, 200_001)
     q = scipy.stats.norm(0.7, np.exp(-0.4))
@@ -211,6 +221,12 @@ def test_what_cannot_be_is_said():
         wrong.encode(params, jnp.zeros((1, *SHAPE)))
     with pytest.raises(InputError, match="need multiples of 4"):
         Decoder((6, 6, 1)).init(jax.random.key(0), jnp.zeros((1, 2)))
+    narrow = small(likelihood=DiscretizedLogistic())
+    with pytest.raises(InputError, match=r"gives \[6, 4, 4, 1\].* it must give \[6, 4, 4, 2\]"):
+        jax.eval_shape(narrow.init, jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match=r"values from 0 to 2; this task takes them in \[0, 1\]"):
+        image = np.stack([np.zeros(SHAPE), np.full(SHAPE, 2.0)])
+        small().check({"image": image, "valid": np.ones(2, bool)})
     with pytest.raises(InputError, match="std is 0"):
         Gaussian(0)
     with pytest.raises(InputError, match="levels is 1"):

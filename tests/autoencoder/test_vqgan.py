@@ -151,6 +151,8 @@ def test_what_cannot_be_is_said(batch):
     for field in ("start", "perceptual_weight", "adversarial_weight"):
         with pytest.raises(InputError, match=f"{field} is -1; it must be 0 or more"):
             dataclasses.replace(TASK, **{field: -1})
+    with pytest.raises(InputError, match="values from -1 to -1"):
+        TASK.check({"image": np.full((1, *SHAPE), -1.0), "valid": np.ones(1, bool)})
     shapes = lambda task: jax.eval_shape(task.init, jax.random.key(0), batch)  # noqa: E731
     with pytest.raises(InputError, match=r"there is no 'lst' \(did you mean last\?\)"):
         shapes(dataclasses.replace(TASK, last_layer="decoder/lst/kernel"))

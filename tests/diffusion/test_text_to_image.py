@@ -86,6 +86,7 @@ def test_predict_and_visualize():
     assert set(jax.eval_shape(task.predict, params, {}, without, jax.random.key(0))) == {"sample"}
     picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
     assert picture.shape == (2 * 9 + 1, 8 * 9 + 1, 1)
+    assert dataclasses.replace(task, captions=()).visualize(params, {}, batch, None) == {}
 
 
 class Channels(nn.Module):

@@ -444,5 +444,13 @@ def test_what_cannot_be_is_said():
             dataclasses.replace(small(), **{field: -1})
     with pytest.raises(InputError, match="that of the generator is 10; they must be equal"):
         GAN(Generator(), Discriminator(num_classes=3), num_classes=3)
+    larger = dataclasses.replace(small(), generator=Generator((8, 8, 3), (4, 4), 3))
+    with pytest.raises(InputError, match=r"gives \[6, 8, 8, 3\], but the images are"):
+        jax.eval_shape(larger.init, jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match="values from 255 to 255"):
+        small().check({"image": np.full((1, *SHAPE), 255.0), "valid": np.ones(1, bool)})
+    for setting in (dict(translation=-0.1), dict(cutout=1.5), dict(contrast=-1.0)):
+        with pytest.raises(InputError, match=f"{next(iter(setting))} is .* it must be in"):
+            diff_augment(batch_of()["image"], jax.random.key(0), **setting)
     with pytest.raises(InputError, match="need multiples of 4"):
         Generator((6, 8, 1)).init(jax.random.key(0), jnp.zeros((1, 5)), jnp.zeros(1, int))

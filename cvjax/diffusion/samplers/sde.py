@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, convert, diffusion, drift
+from cvjax.diffusion.process import Process, convert, diffusion, drift, like
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
     at_times,
     begin,
     integrate,
-    like,
     normal,
     time_steps,
 )
