@@ -10,7 +10,7 @@ from cvjax.errors import InputError
 def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
     """Raises InputError unless the valid images [b, h, w, c] of a batch on the host are in [0, 1].
 
-    It is the `check` of tasks that make images (`cvjax.train.task`).
+    What `fit` asks, before it begins, a task that has a `check`.
     """
     image = np.asarray(batch["image"])[np.asarray(batch["valid"])]
     if not (image.min(initial=0) >= 0 and image.max(initial=1) <= 1):  # NaN is neither

@@ -24,7 +24,8 @@ class GAN:
     """Trains `generator` against `discriminator`, `critic_steps` steps to one.
 
     A batch is {"image": float32 [b, h, w, c] in [0, 1], "label": int32 [b], "valid": bool [b]}.
-    Each objective draws as many images as the batch has rows, of classes chosen uniformly.
+    Each objective draws as many images as its share of the batch has rows (see `critic_steps`), of
+    classes chosen uniformly.
 
     Attributes:
       generator: `__call__(z [b, latents], label [b], train=) -> [b, h, w, c]` in [0, 1].
