@@ -7,8 +7,10 @@ with averaged weights, for which the BatchNorm statistics are taken anew.
     python main.py --config=configs/conditional_gan.py
     python experiments/frechet/run.py --workdir=runs/conditional_gan
 
-After 500 of its steps (41 CPU-seconds, without the falling rate) FD-digits was 3.8 (held-out digits
-0.14), agreement .878; the whole length has not been measured.
+253 CPU-seconds on one core of a shared machine. Of 1,000 samples (seed 0): FD-digits 0.49 (held-out
+real digits in their place 0.14), 97.7% are what they were asked to be (real 99.2%), in all ten
+classes; precision .906 (.936), recall .830 (.944), median distance to the nearest training image
+5.1 (5.0).
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-_MAX_LOG_SCALE = math.log(1000 / 16)  # a box is at most 62.5 times as large as its anchor
+MAX_LOG_SCALE = math.log(1000 / 16)  # a box is at most 62.5 times as large as its anchor
 _SMALLEST = 1e-6  # pixels; smaller sides count as this, so that no logarithm is infinite
 
 
@@ -37,7 +37,7 @@ def decode_deltas(
     centre, size = _centre_and_size(anchors)
     deltas = jnp.asarray(deltas, jnp.float32) / jnp.asarray(weights, jnp.float32)
     box_centre = centre + deltas[..., :2] * size
-    half = jnp.exp(jnp.minimum(deltas[..., 2:], _MAX_LOG_SCALE)) * size / 2
+    half = jnp.exp(jnp.minimum(deltas[..., 2:], MAX_LOG_SCALE)) * size / 2
     return jnp.concatenate([box_centre - half, box_centre + half], -1)
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
+from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 Detections = dict[str, jax.Array]
@@ -67,6 +68,15 @@ def flatten(maps: Sequence[jax.Array], channels: int) -> jax.Array:
     """
     flat = [x.astype(jnp.float32).reshape(x.shape[0], -1, channels) for x in maps]
     return jnp.concatenate(flat, axis=1)
+
+
+def check_anchors(model: str, logits: jax.Array, anchors: int, per_place: int) -> None:
+    """Raises InputError unless a head has said something, [b, a, ...], of each of the anchors."""
+    if logits.shape[1] != anchors:
+        raise InputError(
+            f"{model}: the head gives {logits.shape[1]} logits for {anchors} anchors; it needs "
+            f"anchors={per_place}, one for each size and ratio at a place"
+        )
 
 
 def level_sizes(size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from cvjax.detection import assigners
 from cvjax.detection.anchors import grid_points
-from cvjax.detection.coders import decode_distances, encode_distances
+from cvjax.detection.coders import MAX_LOG_SCALE, decode_distances, encode_distances
 from cvjax.detection.dense import (
     Detections,
     Tower,
@@ -36,7 +36,6 @@ from cvjax.detection.losses import (
 from cvjax.errors import InputError
 
 DISTANCES = ("exp", "relu")
-LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a distance: exp(100) is no number
 
 
 class FCOSHead(nn.Module):
@@ -209,10 +208,10 @@ def boxes_of(
 ) -> jax.Array:
     """Boxes [p, 4] from what is said of their distances [p, 4]; `form` is that of `FCOS`.
 
-    The exponential is at most 1000 / 16.
+    The exponential is at most 1000 / 16, as that of deltas: exp(100) is no number.
     """
     if form == "exp":
-        distances = jnp.exp(jnp.minimum(distances, LARGEST_STEP))
+        distances = jnp.exp(jnp.minimum(distances, MAX_LOG_SCALE))
     else:
         distances = nn.relu(distances)
     return decode_distances(distances, points, strides)

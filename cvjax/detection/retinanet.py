@@ -18,6 +18,7 @@ from cvjax.detection.coders import decode_deltas, encode_deltas
 from cvjax.detection.dense import (
     Detections,
     Tower,
+    check_anchors,
     flatten,
     level_sizes,
     output_layer,
@@ -134,8 +135,11 @@ class RetinaNet(nn.Module):
 
         `truth` is "boxes" [b, n, 4], "box_label" int [b, n], "box_valid" bool [b, n] and "valid"
         bool [b]; what is not valid is finite.
+
+        Raises:
+          InputError: the head has another number of anchors.
         """
-        anchors = self.anchors(size)
+        anchors = self._anchors_of(outputs["logits"], size)
 
         def of_image(logits, deltas, boxes, labels, valid):
             assigned = max_iou(
@@ -165,7 +169,7 @@ class RetinaNet(nn.Module):
 
     def detections(self, outputs: dict[str, jax.Array], size: tuple[int, int]) -> Detections:
         """The objects that are found: boxes, scores, labels, detected, [b, outputs, ...]."""
-        anchors = self.anchors(size)
+        anchors = self._anchors_of(outputs["logits"], size)
 
         def of_image(logits: jax.Array, deltas: jax.Array) -> Detections:
             return select(
@@ -174,3 +178,8 @@ class RetinaNet(nn.Module):
             )  # fmt: skip
 
         return jax.vmap(of_image)(outputs["logits"], outputs["deltas"])
+
+    def _anchors_of(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+        anchors = self.anchors(size)
+        check_anchors("RetinaNet", logits, len(anchors), len(self.ratios) * self.octaves)
+        return anchors

@@ -16,11 +16,10 @@ from cvjax.detection.anchors import grid_anchors
 from cvjax.detection.assigners import max_iou
 from cvjax.detection.boxes import clip
 from cvjax.detection.coders import decode_deltas, encode_deltas
-from cvjax.detection.dense import flatten, level_sizes
+from cvjax.detection.dense import check_anchors, flatten, level_sizes
 from cvjax.detection.losses import binary_cross_entropy, smooth_l1
 from cvjax.detection.nms import nms
 from cvjax.detection.sampling import Samples, sample
-from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 
 SMOOTH = 1 / 9  # beta of the smooth L1 loss, as in Detectron and torchvision
@@ -126,12 +125,7 @@ class RPN(nn.Module):
           InputError: the head has another number of anchors.
         """
         levels = self.anchors(size, strides)
-        count, expected = outputs["logits"].shape[1], sum(len(anchors) for anchors in levels)
-        if count != expected:
-            raise InputError(
-                f"RPN: the head gives {count} logits for {expected} anchors; it needs "
-                f"anchors={len(self.ratios)}, one for each of ratios={self.ratios}"
-            )
+        check_anchors("RPN", outputs["logits"], sum(map(len, levels)), len(self.ratios))
 
         def of_image(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, jax.Array]:
             start, boxes, scores, level = 0, [], [], []

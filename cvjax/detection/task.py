@@ -11,6 +11,7 @@ from clu.metrics import Average
 
 from cvjax import draw
 from cvjax.detection.boxes import clip
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
@@ -42,6 +43,9 @@ class Detection:
       mean, std: the model sees (image - mean) / std: numbers, or one for each channel. The default
         maps [0, 1] to [-1, 1].
       shown_score: predictions with a lower score are not drawn.
+
+    Raises:
+      InputError: a batch has no boxes, or not what is named in `fields`.
     """
 
     model: nn.Module
@@ -68,7 +72,7 @@ class Detection:
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The weighted sum of the losses; 0 for a batch of nothing."""
-        valid = jnp.asarray(batch["valid"])
+        valid = jnp.asarray(batch["valid"], bool)
         any_valid = jnp.any(valid)
         # The statistics of no rows at all would be NaN.
         told = self._told(valid=valid | ~any_valid, truth=self._truth(batch))
@@ -162,12 +166,15 @@ class Detection:
 
     def _truth(self, batch: Batch) -> Batch:
         """The truth with zeros in each row that is not valid, and at least one row."""
+        for name in ("boxes", "box_label", "box_valid", *self.fields):
+            if name not in batch:
+                raise InputError(f"Detection: the batch has no {name!r}, only {', '.join(batch)}")
         height, width = batch["image"].shape[1:3]
-        valid = jnp.asarray(batch["valid"])
+        valid = jnp.asarray(batch["valid"], bool)
         boxes = jnp.asarray(batch["boxes"], jnp.float32)
         inside = clip(boxes, height, width)
         has_area = jnp.all(inside[..., 2:] > inside[..., :2], axis=-1)
-        real = jnp.asarray(batch["box_valid"]) & valid[:, None] & has_area
+        real = jnp.asarray(batch["box_valid"], bool) & valid[:, None] & has_area
         for name in ("crowd", "ignore"):
             if name in batch:
                 real &= ~jnp.asarray(batch[name], bool)

@@ -34,7 +34,7 @@ from cvjax import config as configs
 from cvjax.build import build
 from cvjax.data.loader import Loader
 from cvjax.detection.evaluate import CocoEvaluator
-from cvjax.train.loop import eval_loader_of
+from cvjax.train.evaluation import eval_loader_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -84,6 +84,8 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
         raise InputError("give either --workdir or --images")
     if flags.workdir is not None:
         task, state, train, held_out = load_run(flags.workdir, changes)
+        if flags.raw:
+            state = state.replace(ema={})
     else:
         train, held_out = Digits("train"), Digits("test")
     if flags.train is not None:
@@ -109,6 +111,7 @@ def main_of(arguments: list[str]) -> dict[str, float]:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, help="of a generator")
+    parser.add_argument("--raw", action="store_true", help="its weights, not their average")
     parser.add_argument("--images", type=Path, help="a folder of images, in place of a generator")
     parser.add_argument("--train", type=Path, help="a folder of real images, with classes")
     parser.add_argument("--held_out", type=Path, help="a folder of other real images")

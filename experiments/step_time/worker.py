@@ -6,10 +6,10 @@ Reads a number of steps per line and answers with the milliseconds of each step.
 """
 
 import sys
-import time
 
 import numpy as np
 from networks import NETWORKS
+from turns import serve
 
 
 def torch_step(network, mode: str, train: bool):
@@ -75,18 +75,11 @@ def jax_step(network, train: bool):
 
 
 def main() -> None:
-    """Builds, warms up, says "ready" and then serves."""
+    """Builds and serves."""
     mode, name, kind = sys.argv[1:]
     network, train = NETWORKS[name], kind == "train"
     step = jax_step(network, train) if mode == "jax" else torch_step(network, mode, train)
-    for _ in range(3):
-        step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        print(1000 * (time.perf_counter() - began) / int(line), flush=True)
+    serve(step)
 
 
 if __name__ == "__main__":

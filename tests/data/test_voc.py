@@ -124,6 +124,8 @@ def test_bad_annotations_are_named_or_left_out_and_listed(tmp_path, name, caplog
 
 def test_files_that_are_missing_or_of_another_size(tmp_path):
     make_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/third.txt").write_text("2008_000003")
+    (tmp_path / "ImageSets/Main/broken.txt").write_bytes(b"\xff\xfe\x80")
     Image.fromarray(np.zeros((12, 10, 3), np.uint8)).save(tmp_path / "JPEGImages/2008_000001.jpg")
     with pytest.raises(InputError, match="2008_000001.jpg is 10 x 12 pixels, but .* 12 x 10"):
         VocDetection(tmp_path)[0]
@@ -137,6 +139,11 @@ def test_files_that_are_missing_or_of_another_size(tmp_path):
     (tmp_path / "Annotations/2008_000003.xml").unlink()
     with pytest.raises(InputError, match="no image of 'train' that is not bad"):
         VocDetection(tmp_path, on_bad="skip")
+    (tmp_path / "Annotations/2008_000003.xml").mkdir()
+    with pytest.raises(InputError, match="2008_000003.xml: image 2008_000003.jpg: .*irectory"):
+        VocDetection(tmp_path, "third")
+    with pytest.raises(InputError, match="image .*.jpg has no annotation"):
+        VocDetection(tmp_path, "broken")
     with pytest.raises(InputError, match="did you mean train"):
         VocDetection(tmp_path, "trian")
     with pytest.raises(InputError, match="has no ImageSets/Main"):

@@ -16,7 +16,7 @@ from tests.detection.test_task import CLASSES, SIZE, assert_equal, batch_of, edg
 
 
 def detector(dtype="float32", **fields):
-    backbone = ResNet(stem="cifar", width=4, stage_sizes=(1,), dtype=dtype)
+    backbone = ResNet(width=4, stage_sizes=(1,), dtype=dtype)
     small = dict(queries=7, features=8, heads=2, hidden=8, encoder_layers=1, decoder_layers=2)
     return DETR(backbone, CLASSES, dtype=dtype, **{**small, **fields})
 

@@ -61,15 +61,15 @@ def test_every_map_and_all_that_is_detected_is_theirs(peer, tmp_path):
 
     @jax.jit
     def ours(params, state):
-        def look(model, x):
-            levels = model.encoder(x, train=False)
-            outputs = model.rpn(levels) if peer == "rcnn" else model.head(levels)
-            return levels, outputs
-
-        variables, x = {"params": params["model"], **state}, task._input(batch)
-        levels, dense = task.model.apply(variables, x, method=look)
-        outputs = task.model.apply(variables, x)
-        return levels, dense, outputs, task.predict(params, state, batch, jax.random.key(0))
+        first = "rpn" if peer == "rcnn" else "head"
+        outputs, kept = task.model.apply(
+            {"params": params["model"], **state},
+            task._input(batch),
+            capture_intermediates=lambda module, _: module.name in ("encoder", first),
+        )
+        kept = kept["intermediates"]
+        (levels,), (dense,) = kept["encoder"]["__call__"], kept[first]["__call__"]
+        return levels, dense, outputs, task.model.detections(outputs, parity.SIZE)
 
     levels, dense, outputs, found = ours(params, state)
     for i, level in enumerate(levels):

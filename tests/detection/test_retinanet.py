@@ -144,5 +144,10 @@ def test_impossible_settings():
         InputError, match="normalizer is 'epoch'; it can be 'image', 'batch', 'global'"
     ):
         RetinaNet(ENCODER, RetinaNetHead(3), normalizer="epoch")
+    outputs = {"logits": np.zeros((1, 354, 3)), "deltas": np.zeros((1, 354, 4))}
+    for method in (RetinaNet.losses, RetinaNet.detections):
+        with pytest.raises(InputError, match="354 logits for 1593 anchors; it needs anchors=9"):
+            model = RetinaNet(ENCODER, RetinaNetHead(3, anchors=2))
+            method(model, outputs, *([{}] if method is RetinaNet.losses else []), SIZE)
     with pytest.raises(InputError, match="no map 'stage3'"):
         Pyramid(ResNet(stage_sizes=(1, 1)), FPN(8), ("stage1", "stage3"))

@@ -13,6 +13,9 @@ from cvjax.detection.sampling import Samples
 from cvjax.errors import InputError
 
 SIZE = (24, 30)
+crop = jax.jit(crop_masks, static_argnames="size")
+paste = jax.jit(paste_masks, static_argnames=("size", "threshold"))
+place_of = jax.jit(heat_map_place, static_argnames="side")
 
 
 def samples_of(boxes, index, foreground, valid):
@@ -101,8 +104,8 @@ def test_the_box_head_reads_channels_first():
     """fc6 of published weights has columns in the order channel, row, column."""
     head = BoxHead(num_classes=2, features=5, size=2)
     x = np.random.default_rng(0).normal(size=(3, 2, 2, 4)).astype(np.float32)
-    params = head.init(jax.random.key(0), x)["params"]
-    out = head.apply({"params": params}, x)
+    out, variables = jax.jit(head.init_with_output)(jax.random.key(0), x)
+    params = variables["params"]
     kernel = np.asarray(params["fc6"]["kernel"]).T.reshape(5, 4, 2, 2)  # as torch has it
     y = np.maximum(np.einsum("ncij,fcij->nf", x.transpose(0, 3, 1, 2), kernel), 0)
     y = np.maximum(y @ params["fc7"]["kernel"], 0)
@@ -121,7 +124,7 @@ def test_the_transposed_convolution_pixel_by_pixel(kernel):
     bias = rng.normal(size=3)
     layer = Deconvolution(3, kernel)
     params = {"kernel": np.float32(weight), "bias": np.float32(bias)}
-    found = layer.apply({"params": params}, np.float32(x))
+    found = jax.jit(layer.apply)({"params": params}, np.float32(x))
     whole = np.zeros((2, 2 * 4 + kernel - 2, 2 * 3 + kernel - 2, 3))
     for i in range(4):
         for j in range(3):
@@ -147,7 +150,7 @@ def test_a_cell_of_a_cropped_mask_is_the_share_of_it_that_is_covered():
     rng = np.random.default_rng(0)
     masks, fine, cells = rng.random((3, *SIZE)) < 0.5, 16, 4
     index = np.array([0, 1, 2, 0, 1, 2, 0, 1])
-    found = jax.jit(crop_masks, static_argnums=3)(masks, index, BOXES, cells)
+    found = crop(masks, index, BOXES, cells)
     around = 40  # pixels of nothing on all sides
     for row, (x1, y1, x2, y2) in enumerate(BOXES):
         big = np.pad(masks[index[row]], around).repeat(fine, 0).repeat(fine, 1)
@@ -183,7 +186,7 @@ def pasted(mask, box, height, width):
 def test_masks_are_pasted_pixel_by_pixel():
     rng = np.random.default_rng(0)
     masks = rng.random((len(BOXES), 5, 5)).astype(np.float32)
-    found = jax.jit(paste_masks, static_argnums=(2, 3))(masks, BOXES, SIZE, 0.4)
+    found = paste(masks, BOXES, SIZE, 0.4)
     for row, box in enumerate(BOXES):
         value = pasted(masks[row], box, *SIZE)
         np.testing.assert_array_equal(found[row], value >= 0.4, err_msg=str(row))
@@ -197,13 +200,13 @@ def test_a_mask_that_is_cropped_and_pasted_is_itself(size):
     full = np.zeros((1, 40, 40), bool)
     full[0, 6 : 6 + height, 4 : 4 + width] = True
     box = np.float32([[4, 6, 4 + width, 6 + height]])
-    masks = crop_masks(full, np.array([0]), box, 28)
-    np.testing.assert_array_equal(paste_masks(masks, box, (40, 40), 0.5), full)
+    masks = crop(full, np.array([0]), box, 28)
+    np.testing.assert_array_equal(paste(masks, box, (40, 40), 0.5), full)
     any_shape = full & (np.random.default_rng(0).random((1, 40, 40)) < 0.5)
     box = np.float32([[4, 6, 32, 34]])
-    masks = crop_masks(any_shape, np.array([0]), box, 28)
+    masks = crop(any_shape, np.array([0]), box, 28)
     inside = any_shape & (np.arange(40) < 34)[:, None] & (np.arange(40) < 32)
-    np.testing.assert_array_equal(paste_masks(masks, box, (40, 40), 0.5), inside)
+    np.testing.assert_array_equal(paste(masks, box, (40, 40), 0.5), inside)
 
 
 def test_the_loss_and_detections_of_the_mask_head():
@@ -215,8 +218,7 @@ def test_the_loss_and_detections_of_the_mask_head():
     expected = 0
     for row, index in ((0, 1), (1, 0)):
         target = (
-            np.asarray(crop_masks(truth["masks"], np.array([index]), BOXES[row : row + 1], 4))[0]
-            >= 0.5
+            np.asarray(crop(truth["masks"], np.array([index]), BOXES[row : row + 1], 4))[0] >= 0.5
         )
         logit = np.float64(outputs[row, ..., truth["box_label"][index] + 1])
         p = 1 / (1 + np.exp(-logit))
@@ -248,13 +250,11 @@ def test_where_a_point_lies_in_its_map():
         (17, 27, 0, None), (np.inf, 27, 2, None), (-1e9, 1e9, 2, None),
     ]  # fmt: skip
     points = np.float32([case[:3] for case in cases])
-    place, counts = heat_map_place(points[None], np.float32([box]), 56)
+    place, counts = place_of(points[None], np.float32([box]), 56)
     for found, seen, (*_, expected) in zip(place[0], counts[0], cases, strict=True):
         assert seen == (expected is not None)
         assert found == (expected[1] * 56 + expected[0] if expected else 0)
-    _, counts = heat_map_place(
-        np.float32([[[5, 5, 2]]] * 2), np.float32([[5, 5, 5, 9], [9, 9, 3, 4]]), 8
-    )
+    _, counts = place_of(np.float32([[[5, 5, 2]]] * 2), np.float32([[5, 5, 5, 9], [9, 9, 3, 4]]), 8)
     assert not counts.any()
 
 
@@ -317,13 +317,14 @@ def test_an_encoded_point_is_found_again():
     box, side = np.float32([[3, 2, 27.5, 22.25]]), 56
     extent = box[0, 2:] - box[0, :2]
     points = np.concatenate([rng.uniform((3, 2), (27.5, 22.25), (20, 2)), np.full((20, 1), 2)], 1)
-    place, counts = heat_map_place(np.float32(points)[None], box, side)
+    place, counts = place_of(np.float32(points)[None], box, side)
     assert counts.all()
     row, column = np.divmod(np.asarray(place[0]), side)
     y, x = np.mgrid[:side, :side][..., None]
     maps = np.float32(-((y - row) ** 2 + (x - column) ** 2) / 8)[None]
     seen = {"boxes": box, "detected": np.array([True])}
-    found = np.asarray(KeypointHead(20).detections(maps, seen, SIZE)["keypoints"])[0]
+    detect = jax.jit(lambda maps, seen: KeypointHead(20).detections(maps, seen, SIZE))
+    found = np.asarray(detect(maps, seen)["keypoints"])[0]
     away = np.abs(found[:, :2] - points[:, :2])
     assert (away <= 0.5 * extent / side + 0.5 * extent / np.ceil(extent) + 1e-4).all()
     share = np.exp(maps[0]).reshape(-1, 20)

@@ -72,8 +72,7 @@ def step_of(kind, dtype="float32"):
             for method in (task.evaluate, task.predict)
         ]
 
-    # These few steps are over sooner than a better program is compiled.
-    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}), traces
+    return jax.jit(step), traces
 
 
 def run(kind, batch, dtype="float32"):
@@ -225,10 +224,12 @@ def test_a_batch_is_learned_by_heart(kind):
             batch["image"][row, y1:y2, x1:x2] = np.eye(3)[batch["box_label"][row, i]]
     params, model_state = initialized(kind)
     step, _ = step_of(kind)
-    optimizer = optax.adam(1e-2)
+    steps = 150
+    # Smaller steps at the end: else where it stands after the last one is a matter of rounding.
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     update = jax.jit(lambda gradient, moments, params: _apply(optimizer, gradient, moments, params))
     moments = optimizer.init(params)
-    for _ in range(150):
+    for _ in range(steps):
         ((_, (model_state, _)), gradient), (_, found) = step(params, model_state, batch)
         params, moments = update(gradient, moments, params)
     for row in range(4):

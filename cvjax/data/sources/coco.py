@@ -234,7 +234,9 @@ def _named(entry: object, key: str, number: int) -> str:
 def _identity(entry: object, number: int, where: str) -> int | str:
     identity = _get(entry, "id")
     if not isinstance(identity, int | str):
-        raise ValueError(f"{where}[{number}] has the id {short(identity)}: a number is needed")
+        raise ValueError(
+            f"{where}[{number}] has the id {short(identity)}: it must be a whole number or text"
+        )
     return identity
 
 

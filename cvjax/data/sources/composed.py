@@ -14,6 +14,7 @@ from cvjax.data.sources.instances import LeftOut
 from cvjax.data.transforms import composing, geometry
 from cvjax.data.transforms.objects import padded, real_objects
 from cvjax.data.transforms.settings import Size, check_between, check_count, height_and_width
+from cvjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Composed:
             are left out for that.
 
     Raises:
-        InputError: a number makes no sense.
+        InputError: a number makes no sense, or the records have no boxes.
     """
 
     source: Source
@@ -61,6 +62,9 @@ class _Composed:
             raise IndexError(f"record {index} is not in 0..{len(self) - 1}")
         rng = np.random.default_rng((self.seed, index))
         example = self.source[index % len(self.source)]
+        if "boxes" not in example:
+            found = ", ".join(example)
+            raise InputError(f"{type(self).__name__}: the records have no boxes, only {found}")
         rows = self.max_instances or len(example["boxes"])
         made = self._compose(example, rng) if rng.random() < self.p else self._alone(example, rng)
         made = real_objects(made)

@@ -10,8 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from cvjax.data.sources import Example
-from cvjax.data.sources import scenes as composed
+from cvjax.data.sources import Example, scenes
 from cvjax.data.sources.digits import Digits
 from cvjax.errors import InputError, nearest
 
@@ -91,9 +90,9 @@ class DetectionScenes:
             raise IndexError(f"scene {index} is not in 0..{self.count - 1}")
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index))
         digits = Digits(self.split)
-        canvas = composed._texture(rng, self.size)
+        canvas = scenes._texture(rng, self.size)
         for _ in range(rng.integers(_CLUTTER + 1)):
-            composed._paint(canvas, composed._scrap(rng, self.size, digits), composed._bright(rng))
+            scenes._paint(canvas, scenes._scrap(rng, self.size, digits), scenes._bright(rng))
         strokes: list[np.ndarray] = []  # bool [size, size], whole ones, back to front
         labels: list[int] = []
         for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
@@ -101,7 +100,7 @@ class DetectionScenes:
             cover = _find_place(rng, digit["image"][..., 0], strokes, self.size)
             if cover is None:
                 continue
-            composed._paint(canvas, cover, composed._bright(rng))
+            scenes._paint(canvas, cover, scenes._bright(rng))
             strokes.append(cover > 0.5)
             labels.append(int(digit["label"]))
         canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, np.float32)
@@ -164,7 +163,7 @@ def _find_place(
         reach = 10 * scale * (np.cos(angle) + abs(np.sin(angle)))
         if reach > size / 2:
             continue
-        cover = composed._warp(digit, angle, scale, rng.uniform(reach, size - reach, 2), size)
+        cover = scenes._warp(digit, angle, scale, rng.uniform(reach, size - reach, 2), size)
         together = [*strokes, cover > 0.5]
         shares = [
             mask.sum() / max(stroke.sum(), 1)

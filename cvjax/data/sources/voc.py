@@ -134,7 +134,7 @@ class VocDetection:
             except FileNotFoundError:
                 faults.add(f"{file} does not exist: {image} has no annotation")
                 continue
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 faults.add(f"{file}: {image}: {error}")
                 continue
             for fault in truth.faults:
@@ -178,7 +178,8 @@ def _find(path: str | pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path
     splits = [file.stem for file in lists.glob("*.txt")]
     if split not in splits:
         raise InputError(f"split={split!r} does not exist in {lists}{nearest(split, splits)}")
-    lines = (lists / f"{split}.txt").read_text().splitlines()
+    # What is no text is the name of no file, and that is said where the file is wanted.
+    lines = (lists / f"{split}.txt").read_text("utf-8", errors="replace").splitlines()
     # The lists of one class have a second column.
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:

@@ -22,7 +22,7 @@ and return float32 [b, *shape], x at t = 0. Each is one program of `lax.scan`s: 
 | `adaptive` | the ODE, steps of its own | 5 | as many as it takes |
 | `ddpm` | ancestral: p(x_s given x_t, x_0) | 1 | n |
 | `euler_maruyama` | the reverse SDE | 1 in distribution | n |
-| `predictor_corrector` | the same, and Langevin | 1 in distribution | 2 n - 1 |
+| `predictor_corrector` | `ddpm`, and Langevin | 1 in distribution | 2 n - 1 |
 """
 
 from cvjax.diffusion.samplers.adaptive import adaptive

@@ -37,12 +37,8 @@ def ddim(
         raise InputError(f"ddim: eta is {eta}; it must be in [0, 1]")
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
-        x0, eps = split(process, process.prediction, denoise(x, t), x, t)
-        if eta > 0:
-            drawn = eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
-            drawn = like(drawn, x)
-            eps = jnp.sqrt(1 - drawn**2) * eps + drawn * normal(keys, shape, index)
-        return perturb(process, x0, eps, s)
+        mean, std = posterior(denoise, process, x, t, s, eta)
+        return mean + std * normal(keys, shape, index) if eta > 0 else mean
 
     grid = time_steps(times, process, steps)
     return integrate(step, begin(process, keys, shape, start), grid, len(keys))
@@ -62,3 +58,16 @@ def ddpm(
     J. Ho et al., https://arxiv.org/abs/2006.11239, algorithm 2, with the smaller of its variances.
     """
     return ddim(denoise, process, keys, shape, steps, times=times, eta=1.0)
+
+
+def posterior(
+    denoise: Denoise, process: Process, x: jax.Array, t: jax.Array, s: jax.Array, eta: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of p(x_s | x_t, x_0) at the predicted x_0, the latter `eta`-fold.
+
+    What of the noise is not drawn anew stays in the mean, so that x_s has the noise of s.
+    """
+    x0, eps = split(process, process.prediction, denoise(x, t), x, t)
+    part = like(eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s))), x)
+    mean = perturb(process, x0, jnp.sqrt(1 - part**2) * eps, s)
+    return mean, like(process.sigma(s), x) * part

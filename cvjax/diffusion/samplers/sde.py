@@ -1,8 +1,8 @@
 """The reverse SDE dx = (f x - g^2 score) dt + g dw, from t = 1 to t = 0.
 
-Y. Song et al., https://arxiv.org/abs/2011.13456, equation 6. Its discretizations take what the
-forward process loses in a step to be small; a process whose drift has a pole at t = 1, where
-nothing of the data is left (flow matching, cosine), needs a grid that is fine there.
+Y. Song et al., https://arxiv.org/abs/2011.13456, equation 6. The method of Euler and Maruyama takes
+what the forward process loses in a step to be small; a process whose drift has a pole at t = 1,
+where nothing of the data is left (flow matching, cosine), needs a grid that is fine there.
 """
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, convert, diffusion, drift, like
+from cvjax.diffusion.samplers.ancestral import posterior
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -38,7 +39,7 @@ def euler_maruyama(
       InputError: the factor of x_0 changes more than twofold in a step.
     """
     grid = time_steps(times, process, steps)
-    _check_fits("euler_maruyama", process, grid)
+    _check_fits(process, grid)
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         f, g, length = (like(a, x) for a in (drift(process, t), diffusion(process, t), t - s))
@@ -59,15 +60,12 @@ def predictor_corrector(
     corrections: int = 1,
     snr: float = 0.16,
 ) -> jax.Array:
-    """Reverse diffusion, and after each step but the last `corrections` steps of Langevin dynamics.
+    """Ancestral steps, and after each but the last `corrections` steps of Langevin dynamics.
 
-    Y. Song et al., https://arxiv.org/abs/2011.13456, algorithm 1 and appendix F. The predictor
-    takes back x_t = a x_s + sqrt(b) z. The corrector's step is 2 (snr sigma)^2: theirs, with the
-    norm of the score as it is expected, |z| / sigma, in place of its mean over a batch, so that
-    an image does not depend on its neighbours.
-
-    Raises:
-      InputError: the factor of x_0 changes more than twofold in a step.
+    Y. Song et al., https://arxiv.org/abs/2011.13456, algorithm 1, with the ancestral sampling of
+    their appendix F as the predictor, which is exact where x_0 is. The corrector's step is
+    2 (snr sigma)^2: theirs, with the norm of the score as it is expected, |z| / sigma, in place of
+    its mean over a batch, so that an image does not depend on its neighbours.
     """
     if corrections < 0 or snr <= 0:
         raise InputError(
@@ -75,18 +73,11 @@ def predictor_corrector(
             "least 0 and above 0"
         )
     grid = time_steps(times, process, steps)
-    _check_fits("predictor_corrector", process, grid)
-
-    def predict(x: jax.Array, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        a = process.alpha(t) / process.alpha(s)
-        b = process.sigma(t) ** 2 - (a * process.sigma(s)) ** 2
-        mean = like(2 - a, x) * x + like(b, x) * _score(denoise, process, x, t)
-        return mean, like(jnp.sqrt(b), x)
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         number = index * (corrections + 1)
-        x, std = predict(x, t, s)
-        x = x + std * normal(keys, shape, number)
+        mean, std = posterior(denoise, process, x, t, s)
+        x = mean + std * normal(keys, shape, number)
 
         def correct(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             length = like(2 * (snr * process.sigma(s)) ** 2, x)
@@ -97,21 +88,21 @@ def predictor_corrector(
 
     x = integrate(step, begin(process, keys, shape), grid[:-1], len(keys))
     t, s = (jnp.full(len(keys), time) for time in grid[-2:])
-    return predict(x, t, s)[0]
+    return posterior(denoise, process, x, t, s)[0]
 
 
 def _score(denoise: Denoise, process: Process, x: jax.Array, t: jax.Array) -> jax.Array:
     return convert(process, process.prediction, "score", denoise(x, t), x, t)
 
 
-def _check_fits(name: str, process: Process, grid: np.ndarray) -> None:
-    """Both methods take exp(y) to be 1 + y for y = log(alpha_s / alpha_t)."""
+def _check_fits(process: Process, grid: np.ndarray) -> None:
+    """The method takes exp(y) to be 1 + y for y = log(alpha_s / alpha_t)."""
     alpha = at_times(process.alpha, grid)
     factors = alpha[1:] / alpha[:-1]
     worst = int(np.argmax(factors))
     if factors[worst] > 2:
         raise InputError(
-            f"{name} does not fit {type(process).__name__} at these times: alpha grows "
+            f"euler_maruyama does not fit {type(process).__name__} at these times: alpha grows "
             f"{factors[worst]:.3g}-fold in the step from t = {grid[worst]:.4g} to "
             f"{grid[worst + 1]:.4g}, and 2 is the most; take times=grids.log_snr, more steps than "
             f"{len(grid) - 1}, or a process such as VariancePreserving('linear')"

@@ -141,6 +141,8 @@ def test_what_cannot_be_composed():
         composing.copy_paste(one, one, rng, share=2)
     with pytest.raises(InputError, match="those of another"):
         composing.mosaic([one, one, one, without], rng, size=30)
+    with pytest.raises(InputError, match="Mosaic: the records have no boxes, only image"):
+        Mosaic([{"image": one["image"]}])[0]
 
 
 @pytest.mark.parametrize("kind", [Mosaic, CopyPaste])

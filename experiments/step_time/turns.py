@@ -1,0 +1,75 @@
+"""Processes that take turns, so that what else the machine does falls on all of them alike."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TORCH_MODES = ("eager", "channels_last", "compile")
+MODES, ROUNDS, SECONDS = ("jax", *TORCH_MODES), 5, 1.0
+HEADER = (
+    "| network | | ours, ms | eager | channels-last | compile | ratio (range) |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def serve(step: Callable[[], Any]) -> None:
+    """Warms up, says "ready", and answers each number of steps with the milliseconds of one."""
+    for _ in range(3):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(1000 * (time.perf_counter() - began) / int(line), flush=True)
+
+
+class Worker:
+    """A process that times steps when it is asked to."""
+
+    def __init__(self, script: Path, *arguments: str):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *arguments], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if self.process.stdout.readline() != "ready\n":
+            sys.exit(self.process.stderr.read()[-3000:])
+
+    def time(self, steps: int) -> float:
+        """Milliseconds a step."""
+        print(steps, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(script: Path, name: str, kind: str) -> str:
+    """A row of the table, of `script MODE NAME KIND` in all modes in turn.
+
+    The ratio is ours to that of PyTorch's three ways which has the least median, round by round.
+    """
+    workers = {mode: Worker(script, mode, name, kind) for mode in MODES}
+    steps = {mode: max(1, round(1000 * SECONDS / one.time(2))) for mode, one in workers.items()}
+    times = {mode: [] for mode in MODES}
+    for _ in range(ROUNDS):
+        for mode, worker in workers.items():
+            times[mode].append(worker.time(steps[mode]))
+    for worker in workers.values():
+        worker.close()
+    best = min(TORCH_MODES, key=lambda mode: statistics.median(times[mode]))
+    ratios = sorted(a / b for a, b in zip(times["jax"], times[best], strict=True))
+    cells = [f"{statistics.median(times[mode]):.1f}" for mode in MODES]
+    return (
+        f"| {name} | {kind} | {' | '.join(cells)} | {statistics.median(ratios):.2f} "
+        f"({ratios[0]:.2f} .. {ratios[-1]:.2f}) |"
+    )
