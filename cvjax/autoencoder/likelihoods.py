@@ -86,17 +86,20 @@ class DiscretizedLogistic:
         mean, log_scale = jnp.split(outputs, 2, axis=-1)
         # Between 0 and 1 there are levels - 1 steps; the image is put on its level.
         level = jnp.round(image * (self.levels - 1))
-        inverse = jnp.exp(-jnp.maximum(log_scale, self.min_log_scale))
-        step = 1 / (self.levels - 1)
+        log_scale = jnp.maximum(log_scale, self.min_log_scale)
+        inverse, step = jnp.exp(-log_scale), 1 / (self.levels - 1)
         upper = ((level + 0.5) * step - mean) * inverse
         lower = ((level - 0.5) * step - mean) * inverse
         # log(s(u) - s(l)) = log s(u) + log s(-l) + log(1 - exp(l - u)), which loses nothing.
-        between = (
-            jax.nn.log_sigmoid(upper)
-            + jax.nn.log_sigmoid(-lower)
-            + jnp.log(-jnp.expm1(-step * inverse))
+        # Of a width u - l that is next to nothing, log(1 - exp(-w)) = log w - w / 2.
+        width = step * inverse
+        of_width = jnp.where(
+            width > 1e-3,
+            jnp.log(-jnp.expm1(-jnp.maximum(width, 1e-3))),
+            jnp.log(step) - log_scale - width / 2,
         )
         first, last = jax.nn.log_sigmoid(upper), jax.nn.log_sigmoid(-lower)
+        between = first + last + of_width
         value = jnp.where(level <= 0, first, jnp.where(level >= self.levels - 1, last, between))
         return jnp.sum(value, axis=_PIXELS)
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from cvjax import draw
+from cvjax.autoencoder.task import images_of
+from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.vit import Block, ViT
 from cvjax.train.state import Params, PyTree, TrainState
@@ -80,12 +82,22 @@ class MaskedAutoencoder:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"encoder", "decoder"}} and no other state."""
         one, two = jax.random.split(rng)
-        image = _clean(batch)
+        image = images_of(batch)
         order, seen = self.split(rng, image)
         encode = partial(ViT.encode, keep=order[:, :seen])
         latent, encoder = self.encoder.init_with_output(one, image, method=encode)
-        decoder = self.decoder.init(two, latent, order)
+        told, decoder = self.decoder.init_with_output(two, latent, order)
+        expected = patches_of(image, self.encoder.patch).shape
+        if told.shape != expected:
+            raise InputError(
+                f"the decoder gives {list(told.shape)}; of images {list(image.shape)} in patches "
+                f"it must give {list(expected)}"
+            )
         return {"model": {"encoder": encoder["params"], "decoder": decoder["params"]}}, {}
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        check_unit_images(batch)
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
@@ -110,7 +122,7 @@ class MaskedAutoencoder:
 
         `latent` [b, width] is the mean over the patches of the whole image, encoded unmasked.
         """
-        image = _clean(batch)
+        image = images_of(batch)
         _, told, is_seen = self._error(params, batch, rng)
         patch = self.encoder.patch
         pixels = patches_of(image, patch)
@@ -130,7 +142,7 @@ class MaskedAutoencoder:
     ) -> dict[str, jax.Array]:
         """Returns images, what is seen of them (the rest is grey), and what is told, in rows."""
         found = self.predict(params, model_state, batch, rng)
-        rows = [x[:10] for x in (_clean(batch), found["seen"], found["reconstruction"])]
+        rows = [x[:10] for x in (images_of(batch), found["seen"], found["reconstruction"])]
         return {"reconstructions": draw.grid(jnp.concatenate(rows), len(rows[0]))}
 
     def split(self, rng: jax.Array, image: jax.Array) -> tuple[jax.Array, int]:
@@ -151,7 +163,7 @@ class MaskedAutoencoder:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Error of the unseen patches [b], the pixels told [b, n, d], and what is seen [b, n]."""
         mask_rng, dropout_rng = jax.random.split(rng)
-        image = _clean(batch)
+        image = images_of(batch)
         order, seen = self.split(mask_rng, image)
         latent = self.encoder.apply(
             {"params": params["model"]["encoder"]}, _scaled(image), keep=order[:, :seen],
@@ -179,11 +191,6 @@ def image_of(patches: jax.Array, patch: int, shape: tuple[int, ...]) -> jax.Arra
     b, h, w, c = shape
     x = patches.reshape(b, h // patch, w // patch, patch, patch, c).swapaxes(2, 3)
     return x.reshape(shape)
-
-
-def _clean(batch: Batch) -> jax.Array:
-    """The images, black where not valid."""
-    return jnp.where(batch["valid"][:, None, None, None], batch["image"], 0.0)
 
 
 def _scaled(image: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from cvjax import draw
 from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
 from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
+from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
@@ -66,15 +67,27 @@ class VAE:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"encoder", "decoder"}} and no other state."""
         one, two = jax.random.split(rng)
+        shape = batch["image"].shape
         encoder = self.encoder.init(one, batch["image"])["params"]
-        z = jnp.zeros((len(batch["image"]), self.latents))
-        return {"model": {"encoder": encoder, "decoder": self.decoder.init(two, z)["params"]}}, {}
+        z = jnp.zeros((shape[0], self.latents))
+        outputs, decoder = self.decoder.init_with_output(two, z)
+        expected = (*shape[:-1], self.likelihood.channels(shape[-1]))
+        if outputs.shape != expected:
+            raise InputError(
+                f"the decoder gives {list(outputs.shape)}; for {type(self.likelihood).__name__} of "
+                f"images {list(shape)} it must give {list(expected)}"
+            )
+        return {"model": {"encoder": encoder, "decoder": decoder["params"]}}, {}
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        check_unit_images(batch)
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The negative bound, mean over the valid examples; without any, the free bits alone."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         location, log_std = self.encode(params, image)
         z = location + jnp.exp(log_std) * jax.random.normal(rng, location.shape)
         log_likelihood = self.likelihood.log_prob(self.decode(params, z), image)
@@ -94,7 +107,7 @@ class VAE:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
         """Returns the ELBO (beta 1), its KL, and the importance-sampled bound on -log p(x)."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         divergence = kl_divergence(*self.encode(params, image)).sum(-1)
         log_weights, log_likelihood = self.log_weights(params, image, rng, self.importance_samples)
         return {
@@ -107,7 +120,7 @@ class VAE:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns latent means [b, latents], their reconstructions, and samples [b, h, w, c]."""
-        location, _ = self.encode(params, _clean(batch))
+        location, _ = self.encode(params, images_of(batch))
         return {
             "latent": location,
             "reconstruction": self.likelihood.mean(self.decode(params, location)),
@@ -122,7 +135,7 @@ class VAE:
         In a row of the traversals one latent goes from -3 to 3, the others are those of the first
         image; a row of the interpolations goes from the latent mean of one image to another's.
         """
-        image = _clean(batch)[:10]
+        image = images_of(batch)[:10]
         location, _ = self.encode(params, image)
         found = self.likelihood.mean(self.decode(params, location))
         values = jnp.linspace(-3.0, 3.0, 10)
@@ -243,14 +256,24 @@ class Autoencoder:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the other collections, such as the codebook."""
-        variables = dict(self.network.init(rng, batch["image"], batch["valid"]))
+        shape = batch["image"].shape
+        (found, _), variables = self.network.init_with_output(rng, batch["image"], batch["valid"])
+        if found.shape != shape:
+            raise InputError(
+                f"the decoder gives {list(found.shape)}; of images {list(shape)} it must give such"
+            )
+        variables = dict(variables)
         return {"model": variables.pop("params")}, variables
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        check_unit_images(batch)
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The mean over the valid examples of squared error and bottleneck's loss."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         variables = {"params": params["model"], **state.model_state}
         (found, code), changed = self.network.apply(
             variables, self._seen(image, rng), valid, True,
@@ -266,7 +289,7 @@ class Autoencoder:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
         """Returns the squared error, PSNR (dB) and SSIM of reconstructions clipped to [0, 1]."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         found = self.predict(params, model_state, batch, rng)["reconstruction"]
         return {
             "mse": mean(jnp.mean((found - image) ** 2, axis=(1, 2, 3)), valid),
@@ -278,7 +301,7 @@ class Autoencoder:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns latents, reconstructions in [0, 1] and, with a bottleneck, indices of codes."""
-        image = self._seen(_clean(batch), rng)
+        image = self._seen(images_of(batch), rng)
         variables = {"params": params["model"], **model_state}
         found, code = self.network.apply(variables, image, batch["valid"])
         outputs = {"latent": code.z, "reconstruction": jnp.clip(found, 0.0, 1.0)}
@@ -291,7 +314,7 @@ class Autoencoder:
 
         And interpolations: each row goes from the latents of one image to those of another.
         """
-        image = _clean(batch)
+        image = images_of(batch)
         variables = {"params": params["model"], **model_state}
         found = self.predict(params, model_state, batch, rng)["reconstruction"]
         rows = [image, found] if self.corrupt is None else [image, self._seen(image, rng), found]
@@ -318,8 +341,10 @@ class Autoencoder:
 def between(z: jax.Array, steps: int = 10) -> jax.Array:
     """`steps` points on the line from each z [b, ...] to the next, float32 [b // 2 * steps, ...].
 
-    Of a pair the first comes first; what is left over of an odd number takes no part.
+    Of a pair the first comes first; what is left over of an odd number takes no part, but one alone
+    is paired with itself.
     """
+    z = jnp.concatenate([z, z]) if len(z) == 1 else z
     first, second = z[0 : len(z) // 2 * 2 : 2], z[1::2]
     weight = jnp.linspace(0.0, 1.0, steps).reshape(-1, *[1] * (z.ndim - 1))
     line = first[:, None] * (1 - weight) + second[:, None] * weight
@@ -339,6 +364,6 @@ def importance_weighted_bound(log_weights: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(log_weights, axis=0) - jnp.log(len(log_weights))
 
 
-def _clean(batch: Batch) -> jax.Array:
+def images_of(batch: Batch) -> jax.Array:
     """The images, black where not valid."""
     return jnp.where(batch["valid"][:, None, None, None], batch["image"], 0.0)

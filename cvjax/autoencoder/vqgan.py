@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.autoencoder.quantize import Quantized, Quantizer
-from cvjax.autoencoder.task import Autoencoder
+from cvjax.autoencoder.task import Autoencoder, images_of
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
@@ -92,11 +92,15 @@ class VQGAN:
             )
         return params, model_state
 
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        self.autoencoder.check(batch)
+
     def model_loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The mean over the valid examples of what the autoencoder pays."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         found, code, changed = self._reconstruct(
             params["model"], state.model_state, image, batch, rng
         )
@@ -131,7 +135,7 @@ class VQGAN:
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The mean over the valid examples of what the discriminator pays; 0 before `start`."""
-        image, valid = _clean(batch), batch["valid"]
+        image, valid = images_of(batch), batch["valid"]
         variables = {"params": params["model"], **state.model_state}
         found, _ = self.autoencoder.network.apply(variables, image, valid)
         both = jnp.concatenate([image, jax.lax.stop_gradient(found)])
@@ -153,7 +157,7 @@ class VQGAN:
         found = self.autoencoder.evaluate(params, model_state, batch, rng)
         if self.perceptual is not None:
             image = self.predict(params, model_state, batch, rng)["reconstruction"]
-            distance = self.perceptual(image, _clean(batch))
+            distance = self.perceptual(image, images_of(batch))
             found["perceptual"] = mean(distance, batch["valid"])
         return found
 
@@ -220,8 +224,3 @@ def _with(tree: PyTree, path: str, value: jax.Array) -> PyTree:
 def _mean_of(values: jax.Array) -> jax.Array:
     """The mean of each row, [b, ...] -> [b]."""
     return values.reshape(len(values), -1).mean(axis=1)
-
-
-def _clean(batch: Batch) -> jax.Array:
-    """The images, black where not valid."""
-    return jnp.where(batch["valid"][:, None, None, None], batch["image"], 0.0)

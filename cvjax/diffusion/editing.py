@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, log_snr, perturb, split
-from cvjax.diffusion.samplers.integration import (
-    Denoise,
-    begin,
-    integrate,
-    like,
-    normal,
-    time_steps,
-)
+from cvjax.diffusion.process import Process, like, log_snr, perturb, split
+from cvjax.diffusion.samplers.integration import Denoise, begin, integrate, normal, time_steps
 from cvjax.diffusion.samplers.ode import velocity
 from cvjax.errors import InputError
 

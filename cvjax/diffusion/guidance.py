@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cvjax.diffusion.process import Process, combine
-from cvjax.diffusion.samplers.integration import Denoise, like
+from cvjax.diffusion.process import Process, combine, like
+from cvjax.diffusion.samplers.integration import Denoise
 
 
 def classifier_free(

@@ -24,14 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, convert, log_snr, perturb, time_at
-from cvjax.diffusion.samplers.integration import (
-    Denoise,
-    integrate,
-    like,
-    normal,
-    time_steps,
-)
+from cvjax.diffusion.process import Process, convert, like, log_snr, perturb, time_at
+from cvjax.diffusion.samplers.integration import Denoise, integrate, normal, time_steps
 from cvjax.diffusion.samplers.ode import velocity
 from cvjax.errors import InputError
 
@@ -46,7 +40,9 @@ def dequantize(pixels: jax.Array, keys: jax.Array, levels: int = 256) -> jax.Arr
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise InputError(f"dequantize: pixels are {pixels.dtype}; they must be integers")
     noise = jax.vmap(lambda key: jax.random.uniform(key, pixels.shape[1:]))(keys)
-    return 2 * (pixels + noise) / levels - 1
+    # Of as many bits as the levels leave in a float32: no sum is rounded up to the next level.
+    parts = 2.0 ** (23 - (levels - 1).bit_length())
+    return 2 * (pixels + jnp.floor(noise * parts) / parts) / levels - 1
 
 
 def bits_per_dimension(

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.diffusion.process import Process
+from cvjax.diffusion.process import Process, like
 from cvjax.errors import InputError
 
 
@@ -40,9 +40,9 @@ class Preconditioned(nn.Module):
         """Maps x_t [b, h, w, c], t [b] and what the network takes besides to x_0, [b, h, w, c]."""
         alpha = self.process.alpha(t)
         c_skip, c_out, c_in, c_noise = coefficients(self.process.sigma(t) / alpha, self.sigma_data)
-        x = _like(1 / alpha, x) * x
-        y = self.network(_like(c_in, x) * x, c_noise, condition)
-        return _like(c_skip, x) * x + _like(c_out, x) * y
+        x = like(1 / alpha, x) * x
+        y = self.network(like(c_in, x) * x, c_noise, condition)
+        return like(c_skip, x) * x + like(c_out, x) * y
 
 
 def coefficients(
@@ -51,8 +51,3 @@ def coefficients(
     """c_skip, c_out, c_in and c_noise of T. Karras et al., table 1, column "ours"."""
     total = jnp.sqrt(sigma**2 + sigma_data**2)
     return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, jnp.log(sigma) / 4
-
-
-def _like(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
-    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))

@@ -221,6 +221,11 @@ class EDM:
         return jnp.minimum(log_normal(u, self.mean, self.std) / self.sigma_max, 1.0)
 
 
+def like(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
+    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+
+
 def log_snr(process: Process, t: jax.Array) -> jax.Array:
     """log(alpha^2 / sigma^2)."""
     return 2 * (jnp.log(process.alpha(t)) - jnp.log(process.sigma(t)))
@@ -246,12 +251,12 @@ def time_at(process: Process, ratio: jax.Array) -> jax.Array:
 
 def marginal(process: Process, x0: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean, shape of `x0` [b, ...], and standard deviation [b] of p(x_t | x_0), for times [b]."""
-    return _like(process.alpha(t), x0) * x0, process.sigma(t)
+    return like(process.alpha(t), x0) * x0, process.sigma(t)
 
 
 def perturb(process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
     """x_t, shape of `x0` [b, ...], for times [b]."""
-    return _like(process.alpha(t), x0) * x0 + _like(process.sigma(t), x0) * eps
+    return like(process.alpha(t), x0) * x0 + like(process.sigma(t), x0) * eps
 
 
 def prior(process: Process, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -289,7 +294,7 @@ PARAMETERIZATIONS: dict[str, Callable] = {
 def combine(process: Process, name: str, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
     """The quantity `name` of PARAMETERIZATIONS, shape of `x0` [b, ...], for times [b]."""
     a, b = PARAMETERIZATIONS[name](process, t)
-    return _like(a, x0) * x0 + _like(b, x0) * eps
+    return like(a, x0) * x0 + like(b, x0) * eps
 
 
 def split(
@@ -299,8 +304,8 @@ def split(
 
     It solves the 2 x 2 system  alpha x_0 + sigma eps = x,  a x_0 + b eps = value.
     """
-    alpha, sigma = _like(process.alpha(t), x), _like(process.sigma(t), x)
-    a, b = (_like(factor, x) for factor in PARAMETERIZATIONS[name](process, t))
+    alpha, sigma = like(process.alpha(t), x), like(process.sigma(t), x)
+    a, b = (like(factor, x) for factor in PARAMETERIZATIONS[name](process, t))
     determinant = alpha * b - sigma * a
     return (b * x - sigma * value) / determinant, (alpha * value - a * x) / determinant
 
@@ -337,11 +342,6 @@ def _check_prediction(name: str) -> None:
 def _inside(t: jax.Array) -> jax.Array:
     """[0, 1] -> [MARGIN, 1 - MARGIN]."""
     return MARGIN + (1 - 2 * MARGIN) * t
-
-
-def _like(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
-    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
 
 
 def _derivative(function: Callable, t: jax.Array) -> jax.Array:

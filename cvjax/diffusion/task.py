@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
+from cvjax.data.ranges import check_unit_images
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
@@ -32,8 +33,9 @@ class Diffusion:
       process: what is added to images, what is predicted, and at which times it is learned.
       weighting: of the squared error, one of `cvjax.diffusion.losses`; None weighs that of what is
         predicted equally at all times.
-      coupling: `coupling(image, noise, label) -> noise` pairs the noise of a training batch with
-        its images (`cvjax.diffusion.coupling`); None leaves it to chance.
+      coupling: `coupling(image, noise, group) -> noise` pairs the noise of a training batch with
+        its images (`cvjax.diffusion.coupling`); None leaves it to chance. `group`, int32 [b, ...],
+        is what an image is shown with (its label or caption), and whether it is valid.
       num_classes: 0 ignores the labels.
       image_shape: (height, width, channels).
       class_dropout: probability that an example is shown without its class in training, so that
@@ -75,35 +77,44 @@ class Diffusion:
         return (Objective("network", self.loss),)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
-        """Returns {"network": parameters} and no other state."""
+        """Returns {"network": parameters} and no other state.
+
+        Raises InputError if the network does not give images of the right shape.
+        """
         image, condition = self._clean(batch)
-        variables = self.network.init(rng, *self._inputs(image, jnp.zeros(len(image)), condition))
+        inputs = self._inputs(image, jnp.zeros(len(image)), condition)
+        output, variables = self.network.init_with_output(rng, *inputs)
+        expected = (*image.shape[:-1], self._channels)
+        if output.shape != expected:
+            raise InputError(
+                f"the network gives {list(output.shape)}; of images {list(image.shape)} it must "
+                f"give {list(expected)}: set its out_channels"
+            )
         return {"network": variables["params"]}, {}
 
     def check(self, batch: Batch) -> None:
         """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
-        image = np.asarray(batch["image"])[np.asarray(batch["valid"])]
-        if not (image.min(initial=0) >= 0 and image.max(initial=1) <= 1):  # NaN is neither
-            raise InputError(
-                f"images have values from {image.min():.4g} to {image.max():.4g}; diffusion takes "
-                "them in [0, 1]: give uint8, which the loader divides by 255, or rescale"
-            )
+        check_unit_images(batch)
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The mean over the valid examples of their squared errors; 0 when there is none.
 
-        The times of a batch are stratified: one in each of b equally likely intervals, with one
-        random offset for all (D. Kingma et al., https://arxiv.org/abs/2107.00630, appendix I.1).
+        The times of a batch are stratified: one in each of as many equally likely intervals as
+        there are valid examples, with one random offset for all (D. Kingma et al.,
+        https://arxiv.org/abs/2107.00630, appendix I.1).
         """
         image, condition = self._clean(batch)
         offset_rng, noise_rng, dropout_rng = jax.random.split(rng, 3)
         eps = jax.random.normal(noise_rng, image.shape)
         if self.coupling is not None:
-            eps = self.coupling(image, eps, condition)
+            # Rows that are not valid are a group of their own: they take no noise from others.
+            shown = condition.reshape(len(image), -1)
+            eps = self.coupling(image, eps, jnp.column_stack([shown, batch["valid"]]))
         condition = self._dropped(condition, dropout_rng)
-        errors = self._errors(params, image, condition, jax.random.uniform(offset_rng), eps)
+        t = self._times(batch["valid"], jax.random.uniform(offset_rng))
+        errors = self._errors(params, image, condition, t, eps)
         losses = mean(errors, batch["valid"])
         return losses.total / jnp.maximum(losses.count, 1), (state.model_state, {"loss": losses})
 
@@ -113,7 +124,8 @@ class Diffusion:
         """Returns the loss, at the middle of each interval of time and with every class shown."""
         image, condition = self._clean(batch)
         eps = jax.random.normal(rng, image.shape)
-        return {"loss": mean(self._errors(params, image, condition, 0.5, eps), batch["valid"])}
+        errors = self._errors(params, image, condition, self._times(batch["valid"], 0.5), eps)
+        return {"loss": mean(errors, batch["valid"])}
 
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -179,11 +191,11 @@ class Diffusion:
         params: Params,
         image: jax.Array,
         condition: PyTree,
-        offset: jax.Array | float,
+        t: jax.Array,
         eps: jax.Array,
     ) -> jax.Array:
-        """Weighted squared errors, mean over pixels [b], at stratified times."""
-        process, t = self.process, self._times(len(image), offset)
+        """Weighted squared errors at times t [b], mean over pixels, [b]."""
+        process = self.process
         prediction = self._predict(params, perturb(process, image, eps, t), t, condition)
         target = combine(process, process.prediction, image, eps, t)
         errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
@@ -191,9 +203,12 @@ class Diffusion:
             return errors
         return of_prediction(self.weighting, process, t) * errors
 
-    def _times(self, batch: int, offset: jax.Array | float) -> jax.Array:
+    def _times(self, valid: jax.Array, offset: jax.Array | float) -> jax.Array:
+        """Stratified over the valid rows: were it over all, those of a padded batch, which come
+        first, would see early times alone."""
+        share = (jnp.cumsum(valid) - 1 + offset) / jnp.maximum(jnp.sum(valid), 1)
         tiny = 1e-6  # 0 and 1 may be quantiles of infinity
-        return self.process.times(jnp.clip((jnp.arange(batch) + offset) / batch, tiny, 1 - tiny))
+        return self.process.times(jnp.clip(share, tiny, 1 - tiny))
 
     # What a condition is; other tasks have others. Here it is the label.
 
@@ -226,6 +241,11 @@ class Diffusion:
     def _inputs(self, x: jax.Array, t: jax.Array, condition: PyTree) -> tuple[PyTree, ...]:
         """What the network is called with."""
         return x, t, condition
+
+    @property
+    def _channels(self) -> int:
+        """Of what the network gives."""
+        return self.image_shape[-1]
 
     @property
     def _is_conditional(self) -> bool:
@@ -264,7 +284,8 @@ class LearnedVariance(Diffusion):
 
     Attributes:
       simple_weight, bound_weight: see above.
-      bound_steps: of the process of which it is the bound.
+      bound_steps: of the process of which it is the bound. Each step counts as often as it comes:
+        for the bound itself take a process with uniform `times`.
     """
 
     simple_weight: float = 1.0
@@ -286,16 +307,20 @@ class LearnedVariance(Diffusion):
             return both
         return lambda x, t: jnp.split(both(x, t), 2, axis=-1)[0]
 
+    @property
+    def _channels(self) -> int:
+        return 2 * self.image_shape[-1]
+
     def _errors(
         self,
         params: Params,
         image: jax.Array,
         condition: PyTree,
-        offset: jax.Array | float,
+        t: jax.Array,
         eps: jax.Array,
     ) -> jax.Array:
         process, steps = self.process, self.bound_steps
-        index = jnp.clip(jnp.ceil(self._times(len(image), offset) * steps), 1, steps)
+        index = jnp.clip(jnp.ceil(t * steps), 1, steps)
         t, s = index / steps, (index - 1) / steps
         x = perturb(process, image, eps, t)
         prediction, v = jnp.split(self._predict(params, x, t, condition), 2, axis=-1)

@@ -30,7 +30,7 @@ class TextToImage(Diffusion):
       num_classes: 0, also in the network, whose `text` reads the tokens.
       words: the vocabulary, in the order of its tokens.
       length: tokens of a caption.
-      captions: those of the pictures, a row for each.
+      captions: those of the pictures, a row for each; without any there is no picture.
     """
 
     num_classes: int = 0
@@ -71,6 +71,8 @@ class TextToImage(Diffusion):
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns a row of 8 samples for each of `captions`, of the same noise every time."""
+        if not self.captions:
+            return {}
         tokens = jnp.repeat(jnp.asarray(self.tokens(self.captions)), 8, axis=0)
         return {"samples": draw.grid(self.sample(params, tokens, jax.random.key(0)), 8)}
 

@@ -21,16 +21,16 @@ def frechet_distance(real: ArrayLike, fake: ArrayLike) -> float:
     """The squared Wasserstein distance between normal fits: means and unbiased covariances.
 
     |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (M. Heusel et al., arXiv:1706.08500, equation 6).
-    By eigenvalues of symmetric matrices, so that singular covariances, as of fewer examples than
-    features, need no correction. Raises InputError for fewer than 2 examples.
+    With A = R'R and B = S'S the trace of that root is the sum of the singular values of R S'. No
+    root of a matrix is taken, so that singular covariances, as of fewer examples than features,
+    need no correction and lose no digits. Raises InputError for fewer than 2 examples.
     """
     real, fake = _pair(real, fake, 2)
     between = np.sum((real.mean(0) - fake.mean(0)) ** 2)
-    one, two = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, fake))
-    values, vectors = np.linalg.eigh(one)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
-    return float(between + np.trace(one) + np.trace(two) - 2 * cross)
+    one, two = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (real, fake))
+    cross = np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    # Of equal sets it may be below 0 by rounding.
+    return max(float(between + np.sum(one**2) + np.sum(two**2) - 2 * cross), 0.0)
 
 
 def kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:

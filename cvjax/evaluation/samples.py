@@ -91,7 +91,9 @@ class SampleQuality:
             self.labels.append(np.asarray(outputs["label"])[batch["valid"]])
 
     def result(self) -> dict[str, float]:
-        """The scores of all that was added."""
+        """The scores of all that was added; InputError if nothing was."""
+        if not self.images:
+            raise InputError("no images were added: the evaluation data has no batch")
         labels = np.concatenate(self.labels) if self.labels else None
         return self.score(np.concatenate(self.images), labels)
 
@@ -161,7 +163,7 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        path.unlink()
+        path.unlink(missing_ok=True)
     features, probabilities = extractor(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)

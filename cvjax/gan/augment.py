@@ -6,6 +6,8 @@ S. Zhao et al., https://arxiv.org/abs/2006.10738. All are differentiable in the 
 import jax
 import jax.numpy as jnp
 
+from cvjax.errors import InputError
+
 
 def diff_augment(
     image: jax.Array,
@@ -28,6 +30,12 @@ def diff_augment(
       saturation, contrast: the distances of a pixel's channels from their mean, and of all pixels
         from the mean of the image, are multiplied by a number up to so far from 1.
     """
+    settings = dict(translation=translation, cutout=cutout, brightness=brightness,
+                    saturation=saturation, contrast=contrast)  # fmt: skip
+    for name, value in settings.items():
+        most = 1.0 if name in ("translation", "cutout") else float("inf")
+        if not 0 <= value <= most:
+            raise InputError(f"diff_augment: {name} is {value}; it must be in [0, {most:g}]")
     height, width = image.shape[1:3]
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:

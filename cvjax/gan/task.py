@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cvjax import draw
+from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
@@ -23,7 +24,8 @@ class GAN:
     """Trains `generator` against `discriminator`, `critic_steps` steps to one.
 
     A batch is {"image": float32 [b, h, w, c] in [0, 1], "label": int32 [b], "valid": bool [b]}.
-    Each objective draws as many images as the batch has rows, of classes chosen uniformly.
+    Each objective draws as many images as its share of the batch has rows (see `critic_steps`), of
+    classes chosen uniformly.
 
     Attributes:
       generator: `__call__(z [b, latents], label [b], train=) -> [b, h, w, c]` in [0, 1].
@@ -90,8 +92,13 @@ class GAN:
         one, two = jax.random.split(rng)
         image, label = self._clean(batch)
         z = jnp.zeros((len(image), self.latents))
+        fake, generator = self.generator.init_with_output(one, z, label)
+        if fake.shape != image.shape:
+            raise InputError(
+                f"the generator gives {list(fake.shape)}, but the images are {list(image.shape)}"
+            )
         variables = {
-            "generator": self.generator.init(one, z, label),
+            "generator": generator,
             "discriminator": self.discriminator.init(two, image, label),
         }
         params = {name: of["params"] for name, of in variables.items()}
@@ -100,6 +107,10 @@ class GAN:
             for name, of in variables.items()
         }
         return params, state
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        check_unit_images(batch)
 
     def discriminator_loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array, turn: int = 0

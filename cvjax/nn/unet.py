@@ -35,6 +35,10 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
     return x.reshape(b, h * patch, w * patch, c // patch**2)
 
 
+def _sum(x: jax.Array, y: jax.Array, rescale: bool) -> jax.Array:
+    return (x + y) * 2**-0.5 if rescale else x + y
+
+
 def _norm(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:
     groups = math.gcd(GROUPS, max(1, x.shape[-1] // GROUP_SIZE), x.shape[-1])
     return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, name=name)(x)
@@ -46,10 +50,12 @@ class Block(nn.Module):
     Attributes:
       features: channels of the output.
       dtype: of the computation; parameters are float32.
+      rescale: divide the sum by the square root of 2.
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
+    rescale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -65,7 +71,7 @@ class Block(nn.Module):
         y = nn.Conv(self.features, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
-        return x + y
+        return _sum(x, y, self.rescale)
 
 
 class AttentionBlock(nn.Module):
@@ -76,10 +82,12 @@ class AttentionBlock(nn.Module):
     Attributes:
       head_features: channels of one head.
       dtype: of the computation; parameters are float32.
+      rescale: divide each sum by the square root of 2.
     """
 
     head_features: int
     dtype: DTypeLike = jnp.float32
+    rescale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, words: jax.Array | None = None) -> jax.Array:
@@ -88,12 +96,12 @@ class AttentionBlock(nn.Module):
         heads = max(1, channels // self.head_features)
         tokens = _norm(x, self.dtype, "norm").reshape(x.shape[0], -1, channels)
         y = SelfAttention(heads, zero_init=True, dtype=self.dtype, name="attention")(tokens)
-        x = x + y.reshape(x.shape)
+        x = _sum(x, y.reshape(x.shape), self.rescale)
         if words is None:
             return x
         tokens = _norm(x, self.dtype, "words_norm").reshape(x.shape[0], -1, channels)
         y = CrossAttention(heads, zero_init=True, dtype=self.dtype, name="words")(tokens, words)
-        return x + y.reshape(x.shape)
+        return _sum(x, y.reshape(x.shape), self.rescale)
 
 
 class UNet(nn.Module):
@@ -101,7 +109,9 @@ class UNet(nn.Module):
 
     On the way down each level has `blocks` residual blocks and halves the map (an odd size is
     rounded up); on the way up each block is shown what its counterpart on the way down made.
-    Any height and width that are multiples of `patch` fit.
+    Any height and width that are multiples of `patch` fit. With `rescale` it is in the manner of
+    DDPM++, with `anti_alias` too of NCSN++ (Y. Song et al., https://arxiv.org/abs/2011.13456,
+    appendix H.1), but for the latter's paths beside the network.
 
     Attributes:
       num_classes: classes without the null one; label `num_classes` means that none is given.
@@ -118,6 +128,10 @@ class UNet(nn.Module):
         `cvjax.nn.text_encoder.TextEncoder`. The vector joins the embedding of the time; where there
         is self-attention, each place also looks at the words.
       out_channels: None for as many as the input has.
+      rescale: divide the sum of a residual branch and what it is added to by the square root of 2,
+        so that the variance does not grow with the depth.
+      anti_alias: halve and double maps with the filter (1, 3, 3, 1) instead of leaving out and
+        repeating pixels (R. Zhang, https://arxiv.org/abs/1904.11486).
       dtype: of the computation; parameters and the output are float32.
       remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
@@ -132,6 +146,8 @@ class UNet(nn.Module):
     embedding: int | None = None
     text: nn.Module | None = None
     out_channels: int | None = None
+    rescale: bool = False
+    anti_alias: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -183,22 +199,23 @@ class UNet(nn.Module):
         coarsest = levels[-1]
 
         def block(x: jax.Array, level: int, name: str) -> jax.Array:
-            return make_block(features[level], self.dtype, name=name)(x, condition)
+            return make_block(features[level], self.dtype, self.rescale, name=name)(x, condition)
 
         def attention(x: jax.Array, level: int, name: str) -> jax.Array:
             if level not in self.attention:
                 return x
-            attend = make_attention(self.head_features, self.dtype, name=f"{name}_attention")
-            return attend(x, words)
+            settings = self.head_features, self.dtype, self.rescale
+            return make_attention(*settings, name=f"{name}_attention")(x, words)
 
         x = space_to_depth(x, self.patch).astype(self.dtype)
         x = nn.Conv(features[0], (3, 3), dtype=self.dtype, name="stem")(x)
         skips = []
         for level in levels:
             if level > 0:
+                x = _resized(x, -(-x.shape[1] // 2), -(-x.shape[2] // 2)) if self.anti_alias else x
                 x = nn.Conv(
-                    features[level], (3, 3), strides=2, padding=1, dtype=self.dtype,
-                    name=f"down{level}_halve",
+                    features[level], (3, 3), strides=1 if self.anti_alias else 2, padding=1,
+                    dtype=self.dtype, name=f"down{level}_halve",
                 )(x)  # fmt: skip
             for number in range(self.blocks):
                 name = f"down{level}_{number}"
@@ -211,7 +228,10 @@ class UNet(nn.Module):
         for level in reversed(levels):
             if level < coarsest:
                 rows, columns = skips[-1].shape[1:3]
-                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :rows, :columns]
+                if self.anti_alias:
+                    x = _resized(x, rows, columns)
+                else:
+                    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :rows, :columns]
                 x = nn.Conv(features[level], (3, 3), dtype=self.dtype, name=f"up{level}_double")(x)
             for number in range(self.blocks):
                 name = f"up{level}_{number}"
@@ -222,3 +242,8 @@ class UNet(nn.Module):
         outputs, zeros = self.patch**2 * (self.out_channels or channels), nn.initializers.zeros
         x = nn.Conv(outputs, (3, 3), kernel_init=zeros, dtype=self.dtype, name="head")(x)
         return depth_to_space(x, self.patch).astype(jnp.float32)
+
+
+def _resized(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Bilinear with a filter: to a half it is (1, 3, 3, 1) / 8, to the double (1, 3, 3, 1) / 4."""
+    return jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "linear")

@@ -111,16 +111,20 @@ def averaged_params(workdir: str | os.PathLike, group: str, params: PyTree, widt
     Raises:
       InputError: no checkpoint with tracked averages.
     """
-    pattern = re.compile(rf"opt_state/{re.escape(group)}/.*?{KEY}/([^/]+)/(.*)")
+    # Of this group alone: another's optimizer may have taken more steps.
+    pattern = re.compile(rf"opt_state/{re.escape(group)}/.*?{KEY}/(?:(count)|([^/]+)/(.*))")
     counts, widths, snapshots = [], [], []
     for _, folder in sorted(step_folders(Path(workdir) / "checkpoints").items()):
         if damage(folder) is not None:
             continue
         found: dict[str, dict[str, str]] = {}
+        counter = ""
         for path in read_metadata(folder).arrays:
             if match := pattern.fullmatch(path):
-                found.setdefault(match[1], {})[match[2]] = path
-        counter = next((p for p in read_metadata(folder).arrays if p.endswith(f"{KEY}/count")), "")
+                if match[1]:
+                    counter = path
+                else:
+                    found.setdefault(match[2], {})[match[3]] = path
         for name, paths in found.items():
             arrays = read_arrays(folder, [counter, *paths.values()])
             counts.append(int(arrays[counter]) - 1)

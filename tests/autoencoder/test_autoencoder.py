@@ -38,7 +38,7 @@ TASKS = {
 def test_padding_changes_nothing_and_pictures_are_images(name):
     task, batch = TASKS[name], batch_of()
     assert isinstance(task, Task)
-    params, model_state = task.init(jax.random.key(0), batch)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
     assert set(model_state) == ({"codebook"} if name == "vq" else set())
     assert {"encoder", "decoder"} <= set(params["model"])
     state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, model_state, {})
@@ -79,13 +79,32 @@ def test_padding_changes_nothing_and_pictures_are_images(name):
 def test_a_denoiser_sees_the_corrupted_and_is_asked_for_the_clean_image():
     blank = lambda image, rng: jnp.zeros_like(image)  # noqa: E731
     task, batch = Autoencoder(GridEncoder(2, (4,)), GridDecoder(1, (4,)), corrupt=blank), batch_of()
-    params, _ = task.init(jax.random.key(0), batch)
+    params, _ = jax.jit(task.init)(jax.random.key(0), batch)
     state = TrainState(jnp.int32(0), jax.random.key(0), params, {}, {}, {})
-    found = task.predict(params, {}, batch, jax.random.key(0))["reconstruction"]
+    found = jax.jit(task.predict)(params, {}, batch, jax.random.key(0))["reconstruction"]
     np.testing.assert_array_equal(found, found[:1].repeat(6, 0))
     raw, _ = task.network.apply({"params": params["model"]}, 0 * batch["image"], batch["valid"])
-    loss, _ = task.loss(params, state, batch, jax.random.key(0))
+    loss, _ = jax.jit(task.loss)(params, state, batch, jax.random.key(0))
     assert loss == pytest.approx(float(jnp.mean((raw - batch["image"]) ** 2)), rel=1e-5)
+
+
+def test_a_single_image_has_pictures_too():
+    task, batch = TASKS["plain"], batch_of(1)
+    shapes = jax.eval_shape(
+        lambda: task.visualize(*task.init(jax.random.key(0), batch), batch, jax.random.key(0))
+    )
+    assert shapes["interpolations"].shape == (13 + 1, 10 * 13 + 1, 1)
+    np.testing.assert_array_equal(between(jnp.ones((1, 2)), 3), jnp.ones((3, 2)))
+
+
+def test_impossible_decoders_and_images():
+    task = Autoencoder(GridEncoder(2, (4,)), GridDecoder(3, (4,)))
+    with pytest.raises(InputError, match=r"gives \[6, 12, 12, 3\]; of images \[6, 12, 12, 1\]"):
+        jax.eval_shape(task.init, jax.random.key(0), batch_of())
+    batch = {name: np.asarray(value) for name, value in batch_of().items()}
+    task.check(batch)
+    with pytest.raises(InputError, match="images have values from -"):
+        task.check(batch | {"image": batch["image"] - 1})
 
 
 def test_interpolations_begin_and_end_at_the_images():
@@ -93,14 +112,20 @@ def test_interpolations_begin_and_end_at_the_images():
     line = between(z, 3)
     np.testing.assert_allclose(line, [[0, 1], [1, 2], [2, 3], [4, 5], [5, 6], [6, 7]])
     task, batch = TASKS["vq"], batch_of()
-    params, state = task.init(jax.random.key(0), batch)
-    variables = {"params": params["model"], **state}
-    z = task.network.apply(variables, batch["image"], method=Network.encode)
-    walk = task.network.apply(variables, between(z), method=Network.decode_latents)
-    whole, code = task.network.apply(variables, batch["image"], batch["valid"])
+
+    @jax.jit
+    def run(batch):
+        params, state = task.init(jax.random.key(0), batch)
+        variables = {"params": params["model"], **state}
+        z = task.network.apply(variables, batch["image"], method=Network.encode)
+        walk = task.network.apply(variables, between(z), method=Network.decode_latents)
+        whole, code = task.network.apply(variables, batch["image"], batch["valid"])
+        decoded = task.network.apply(variables, code.z, method=Network.decode)
+        return walk, whole, decoded
+
+    walk, whole, decoded = run(batch)
     np.testing.assert_allclose(walk[::10], whole[::2], atol=1e-5)
     np.testing.assert_allclose(walk[9::10], whole[1::2], atol=1e-5)
-    decoded = task.network.apply(variables, code.z, method=Network.decode)
     np.testing.assert_allclose(decoded, whole, atol=1e-5)
 
 
@@ -146,6 +171,7 @@ def test_figures_of_reconstructions():
         vp, vq, cov = mean(p * p) - mp**2, mean(q * q) - mq**2, mean(p * q) - mp * mq
         one, two = 2 * mp * mq + 1e-4, 2 * cov + 9e-4
         values.append(one * two / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
-    np.testing.assert_allclose(ssim(a, b), np.mean(values, axis=0), atol=1e-5)
-    np.testing.assert_allclose(ssim(a, a), 1.0, atol=1e-6)
-    assert ssim(a[:, :4, :4], b[:, :4, :4]).shape == (3,)
+    similar = jax.jit(ssim)
+    np.testing.assert_allclose(similar(a, b), np.mean(values, axis=0), atol=1e-5)
+    np.testing.assert_allclose(similar(a, a), 1.0, atol=1e-6)
+    assert jax.eval_shape(ssim, a[:, :4, :4], b[:, :4, :4]).shape == (3,)

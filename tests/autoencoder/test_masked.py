@@ -116,11 +116,11 @@ def test_the_encoder_is_that_of_a_classifier(batch, started):
     assert shapes({**params, **head}) == shapes(whole)
     # All patches kept in their order are all patches; in another order, as well but reordered.
     order = jnp.tile(jnp.arange(6)[::-1], (4, 1))
+    variables = {"params": params}
     run = jax.jit(
-        lambda keep: ENCODER.apply({"params": params}, batch["image"], keep=keep, method=ViT.encode)
+        lambda keep: ENCODER.apply(variables, batch["image"], keep=keep, method=ViT.encode)
     )
-    plain = ENCODER.apply({"params": params}, batch["image"], method=ViT.encode)
-    np.testing.assert_allclose(run(order), plain[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(run(order), run(None)[:, ::-1], atol=1e-5)
 
 
 def test_what_cannot_be_is_said(batch):
@@ -129,5 +129,10 @@ def test_what_cannot_be_is_said(batch):
             dataclasses.replace(TASK, masked=share)
     with pytest.raises(InputError, match="9 x 12; they must be multiples of patch=4"):
         patches_of(jnp.zeros((1, 9, 12, 1)), 4)
+    narrow = dataclasses.replace(TASK, decoder=PatchDecoder(1, width=8, heads=2))
+    with pytest.raises(InputError, match=r"gives \[4, 6, 1\].* must give \[4, 6, 16\]"):
+        jax.eval_shape(narrow.init, jax.random.key(0), batch)
+    with pytest.raises(InputError, match="values from nan to nan"):
+        TASK.check({"image": np.full((1, *SHAPE), np.nan), "valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="at least 2 patches"):
         TASK.split(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))

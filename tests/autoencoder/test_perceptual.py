@@ -25,14 +25,15 @@ def test_the_distance_of_features_is_that_of_loops():
                 p, q = x[n, i, j], y[n, i, j]
                 unit = p / np.linalg.norm(p) - q / np.linalg.norm(q)
                 expected[n] += (w * unit**2).sum() / len(places)
-    np.testing.assert_allclose(feature_distance(a, b, weights), expected, rtol=1e-5)
-    ones = feature_distance(a, b, [np.ones(4), np.ones(5)])
-    np.testing.assert_allclose(feature_distance(a, b), ones, rtol=1e-6)
+    distance = jax.jit(feature_distance)
+    np.testing.assert_allclose(distance(a, b, weights), expected, rtol=1e-5)
+    ones = distance(a, b, [np.ones(4, np.float32), np.ones(5, np.float32)])
+    np.testing.assert_allclose(distance(a, b), ones, rtol=1e-6)
     # Scale does not matter; what is dark everywhere has a gradient all the same.
-    scaled = feature_distance(a, [3 * y for y in b])
+    scaled = distance(a, [3 * y for y in b])
     np.testing.assert_allclose(scaled, ones, rtol=1e-5)
     dark = [jnp.zeros_like(x) for x in a]
-    gradient = jax.grad(lambda b: feature_distance(dark, b).sum())(dark)
+    gradient = jax.jit(jax.grad(lambda b: feature_distance(dark, b).sum()))(dark)
     assert all((np.asarray(g) == 0).all() for g in gradient)
 
 

@@ -1,5 +1,7 @@
 """Quantizers against loops, their gradients, the codebook's averages and restarts, padding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,17 +46,18 @@ def test_gradients_pass_straight_through_and_the_commitment_pulls_to_the_code():
         found = quantizer.apply(variables, z, ALL)
         return jnp.sum(found.z * target), found
 
-    gradient, found = jax.grad(run, has_aux=True)(z)
+    gradient, found = jax.jit(jax.grad(run, has_aux=True))(z)
     np.testing.assert_array_equal(gradient, target)
     vectors = variables["codebook"]["sums"]
     np.testing.assert_allclose(found.z, vectors[found.indices], atol=1e-6)
     np.testing.assert_allclose(quantizer.vectors(variables, found.indices), found.z, atol=1e-6)
     expected = 0.5 * ((z - found.z) ** 2).mean((1, 2))
     np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
-    pull = jax.grad(lambda z: quantizer.apply(variables, z, ALL).loss.sum())(z)
+    pull = jax.jit(jax.grad(lambda z: quantizer.apply(variables, z, ALL).loss.sum()))(z)
     np.testing.assert_allclose(pull, 0.5 * 2 / 6 * (z - found.z), rtol=1e-4, atol=1e-7)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def moved(quantizer, variables, z, valid=ALL, seed=0):
     return quantizer.apply(
         variables, z, valid, train=True, mutable=["codebook"],
@@ -62,12 +65,17 @@ def moved(quantizer, variables, z, valid=ALL, seed=0):
     )[1]["codebook"]  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def applied(quantizer, variables, z, valid):
+    return quantizer.apply(variables, z, valid)
+
+
 def test_the_codebook_follows_the_means_of_what_comes_to_it():
     quantizer, z = VectorQuantizer(3, decay=0.9, restart_below=0.0), draw(0, 4, 5, 2)
     variables = book(draw(1, 3, 2), [4.0, 5.0, 6.0])
     valid = jnp.array([True, False, True, True])
     new = moved(quantizer, variables, z.at[1].set(jnp.nan), valid)
-    index = quantizer.apply(variables, z, ALL).indices
+    index = applied(quantizer, variables, z, ALL).indices
     for code in range(3):
         mine = np.concatenate([np.asarray(z[b])[index[b] == code] for b in (0, 2, 3)])
         count = 0.9 * float(variables["codebook"]["counts"][code]) + 0.1 * len(mine)
@@ -78,10 +86,10 @@ def test_the_codebook_follows_the_means_of_what_comes_to_it():
     still = moved(quantizer, variables, z, jnp.zeros(4, bool))
     jax.tree.map(np.testing.assert_array_equal, still, variables["codebook"])
     # With the same data the vectors end at the means of their cells (k-means).
-    step = jax.jit(lambda variables: {"codebook": moved(quantizer, variables, z)})
+    step = lambda variables: {"codebook": moved(quantizer, variables, z)}  # noqa: E731
     for _ in range(200):
         variables = step(variables)
-    index = quantizer.apply(variables, z, ALL).indices
+    index = applied(quantizer, variables, z, ALL).indices
     vectors = quantizer.vectors(variables, jnp.arange(3))
     for code in np.unique(index):
         np.testing.assert_allclose(vectors[code], z[index == code].mean(0), atol=1e-4)
@@ -111,12 +119,12 @@ def test_dead_codes_begin_anew_on_valid_data_each_on_its_own():
 
 def test_a_new_codebook_begins_with_data():
     quantizer, z = VectorQuantizer(8), 50 + draw(0, 4, 9, 2)
-    variables = quantizer.init(jax.random.key(0), z, ALL)
+    variables = jax.jit(quantizer.init)(jax.random.key(0), z, ALL)
     assert set(variables) == {"codebook"}
     new = {"codebook": moved(quantizer, variables, z)}
     vectors = quantizer.vectors(new, jnp.arange(8))
     assert np.abs(vectors - 50).max() < 5
-    assert len(np.unique(quantizer.apply(new, z, ALL).indices)) >= 7
+    assert len(np.unique(applied(quantizer, new, z, ALL).indices)) >= 7
 
 
 @pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 5, 5, 4)])
@@ -124,7 +132,7 @@ def test_indices_of_finite_scalars_are_a_round_trip(levels):
     quantizer = FiniteScalarQuantizer(levels)
     assert quantizer.size == np.prod(levels)
     every = jnp.arange(quantizer.size)
-    codes = quantizer.vectors({}, every)
+    codes = jax.jit(lambda every: quantizer.vectors({}, every))(every)
     assert len(np.unique(np.asarray(codes), axis=0)) == quantizer.size
     assert codes.min() == -1 and codes.max() <= 1
     # What the codes are made from, put through again: any z that is bounded to this level.
@@ -133,19 +141,20 @@ def test_indices_of_finite_scalars_are_a_round_trip(levels):
     scale = (np.array(levels) - 1) * (1 - 1e-3) / 2
     inside = np.clip((codes * half + offset) / scale, -1 + 1e-4, 1 - 1e-4)
     z = np.arctanh(inside) - np.tan(offset / scale)
-    found = quantizer.apply({}, jnp.asarray(z, jnp.float32), jnp.ones(len(z), bool))
+    found = applied(quantizer, {}, jnp.asarray(z, jnp.float32), jnp.ones(len(z), bool))
     np.testing.assert_array_equal(found.indices, every)
     np.testing.assert_allclose(found.z, codes, atol=1e-6)
     # Huge values are the outermost levels, and 0 is 0.
     ends = jnp.stack([jnp.full(len(levels), v) for v in (-1e4, 1e4, 0.0)])
-    found = quantizer.apply({}, ends, jnp.ones(3, bool))
+    found = applied(quantizer, {}, ends, jnp.ones(3, bool))
     assert list(found.indices[:2]) == [0, quantizer.size - 1]
     np.testing.assert_allclose(found.z[2], 0, atol=1e-6)
 
 
 def test_the_gradient_of_finite_scalars_is_that_of_the_bound():
     quantizer, z = FiniteScalarQuantizer((5, 4)), draw(0, 4, 2)
-    found = jax.vmap(jax.jacobian(lambda z: quantizer.apply({}, z[None], ALL[:1]).z[0]))(z)
+    derive = jax.jacobian(lambda z: quantizer.apply({}, z[None], ALL[:1]).z[0])
+    found = jax.jit(jax.vmap(derive))(z)
     scale, offset = np.array([4, 3]) * 0.999 / 2, np.array([0, 0.5])
     slope = scale * (1 - np.tanh(np.asarray(z) + np.tan(offset / scale)) ** 2) / 2
     np.testing.assert_allclose(found, [np.diag(row) for row in slope], rtol=1e-4, atol=1e-7)

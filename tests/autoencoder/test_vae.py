@@ -61,7 +61,17 @@ def test_the_discretized_logistic_sums_to_one_and_has_gradients_far_away(locatio
     image = (jnp.arange(levels) / (levels - 1)).reshape(-1, 1, 1, 1)
     log_prob = lambda outputs: DiscretizedLogistic(levels).log_prob(outputs, image)  # noqa: E731
     np.testing.assert_allclose(jnp.exp(log_prob(outputs)).sum(), 1.0, rtol=1e-4)
-    assert np.isfinite(jax.grad(lambda x: log_prob(x).sum())(outputs)).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda x: log_prob(x).sum()))(outputs)).all()
+
+
+def test_the_discretized_logistic_where_it_is_flat():
+    """A level's mass is its width times the density 1 / (4 scale), however large the scale is."""
+    image, scales = jnp.full((4, 1, 1, 1), 0.5), jnp.array([3.0, 20.0, 90.0, 300.0])
+    outputs = jnp.stack([jnp.full(4, 0.4), scales], axis=-1)[:, None, None]
+    log_prob = lambda outputs: DiscretizedLogistic().log_prob(outputs, image)  # noqa: E731
+    np.testing.assert_allclose(jax.jit(log_prob)(outputs), -np.log(4 * 255) - scales, rtol=1e-5)
+    slope = jax.jit(jax.grad(lambda x: log_prob(x).sum()))(outputs)[..., 1].ravel()
+    np.testing.assert_allclose(slope, -1, rtol=1e-4)
 
 
 def test_the_divergence_is_the_integral():
@@ -96,9 +106,10 @@ class Wide(nn.Module):
 def test_the_bound_rises_with_k_to_the_exact_likelihood():
     task = VAE(Wide(), Linear(), latents=1, likelihood=Gaussian(0.5))
     image = jnp.full((2000, 1, 1, 1), 1.3)
-    params, _ = task.init(jax.random.key(0), {"image": image})
+    params, _ = jax.jit(task.init)(jax.random.key(0), {"image": image})
     exact = scipy.stats.norm.logpdf(1.3, 0, np.sqrt(1 + 0.25))
-    log_weights, log_likelihood = task.log_weights(params, image, jax.random.key(1), 512)
+    draw_all = jax.jit(task.log_weights, static_argnums=3)
+    log_weights, log_likelihood = draw_all(params, image, jax.random.key(1), 512)
     bounds = [float(importance_weighted_bound(log_weights[:k]).mean()) for k in (1, 8, 64, 512)]
     assert bounds[0] < bounds[1] < bounds[2] < bounds[3] < exact + 0.005
     assert bounds[3] == pytest.approx(exact, abs=0.01)  # the bias falls as 1 / K
@@ -121,7 +132,7 @@ def batch_of(size=6):
 
 
 def start(task, batch, step=0):
-    params, model_state = task.init(jax.random.key(0), batch)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
     return params, TrainState(jnp.int32(step), jax.random.key(0), params, {}, model_state, {})
 
 
@@ -155,7 +166,7 @@ def test_beta_warm_up_and_free_bits():
 
     def loss(step, **fields):
         at = state.replace(step=jnp.int32(step))
-        value, (_, metrics) = small(**fields).loss(params, at, batch, jax.random.key(1))
+        value, (_, metrics) = jax.jit(small(**fields).loss)(params, at, batch, jax.random.key(1))
         return float(value), {name: float(m.compute()) for name, m in metrics.items()}
 
     plain, found = loss(0)
@@ -193,9 +204,10 @@ def test_the_divergence_falls_as_beta_rises():
 def test_samples_do_not_depend_on_their_number_and_pictures_are_images():
     task, batch = small(), batch_of()
     params, _ = start(task, batch)
-    few, many = (task.sample(params, n, jax.random.key(1)) for n in (3, 7))
+    sample = jax.jit(task.sample, static_argnums=1)
+    few, many = (sample(params, n, jax.random.key(1)) for n in (3, 7))
     np.testing.assert_allclose(few, many[:3], atol=1e-6)  # matrix products of other sizes
-    pictures = task.visualize(params, {}, batch, jax.random.key(0))
+    pictures = jax.jit(task.visualize)(params, {}, batch, jax.random.key(0))
     assert set(pictures) == {"reconstructions", "samples", "traversals", "interpolations"}
     for picture in pictures.values():
         assert picture.ndim == 3 and 0 <= picture.min() <= picture.max() <= 1
@@ -211,6 +223,12 @@ def test_what_cannot_be_is_said():
         wrong.encode(params, jnp.zeros((1, *SHAPE)))
     with pytest.raises(InputError, match="need multiples of 4"):
         Decoder((6, 6, 1)).init(jax.random.key(0), jnp.zeros((1, 2)))
+    narrow = small(likelihood=DiscretizedLogistic())
+    with pytest.raises(InputError, match=r"gives \[6, 4, 4, 1\].* it must give \[6, 4, 4, 2\]"):
+        jax.eval_shape(narrow.init, jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match=r"values from 0 to 2; this task takes them in \[0, 1\]"):
+        image = np.stack([np.zeros(SHAPE), np.full(SHAPE, 2.0)])
+        small().check({"image": image, "valid": np.ones(2, bool)})
     with pytest.raises(InputError, match="std is 0"):
         Gaussian(0)
     with pytest.raises(InputError, match="levels is 1"):
@@ -220,7 +238,8 @@ def test_what_cannot_be_is_said():
 def test_a_traversal_moves_one_latent_of_the_first_image():
     task, batch = small(), batch_of()
     params, _ = start(task, batch)
-    picture = task.visualize(params, {}, batch, jax.random.key(0))["traversals"]
+    visualize = jax.jit(lambda *of: task.visualize(*of)["traversals"])
+    picture = visualize(params, {}, batch, jax.random.key(0))
     z = task.encode(params, batch["image"])[0][0].at[1].set(3.0)
     expected = task.likelihood.mean(task.decode(params, z[None]))[0]
     np.testing.assert_allclose(picture[6:10, 46:50], expected, atol=1e-6)  # row 1, column 9

@@ -87,12 +87,17 @@ def test_the_weight_is_the_ratio_at_the_last_layer(batch, started, results):
         return -logits.mean()
 
     kernel = params["model"]["decoder"]["last"]["kernel"]
-    one, two = jax.grad(reconstruction)(kernel), jax.grad(generator)(kernel)
+
+    @jax.jit
+    def by_hand(kernel):
+        both = [jax.value_and_grad(loss)(kernel) for loss in (reconstruction, generator)]
+        return *both, found_of(kernel)[1].loss.mean()
+
+    (of_reconstruction, one), (of_generator, two), loss = by_hand(kernel)
     ratio = np.linalg.norm(one) / (np.linalg.norm(two) + 1e-6)
     (value, _, metrics, gradient), _ = results(started.replace(step=jnp.int32(3)), batch)
     assert metrics["adversarial_weight"] == pytest.approx(float(0.5 * ratio), rel=1e-4)
-    loss = found_of(kernel)[1].loss.mean()
-    expected = reconstruction(kernel) + loss + 0.5 * ratio * generator(kernel)
+    expected = of_reconstruction + loss + 0.5 * ratio * of_generator
     assert value == pytest.approx(float(expected), rel=1e-4)
     # Lambda is a number: the gradient is that of the sum with it fixed.
     np.testing.assert_allclose(
@@ -121,9 +126,11 @@ def test_the_discriminator_pays_for_both_and_moves_alone(batch, started, results
     assert zero(gradient["model"]) and not zero(gradient["discriminator"])
     jax.tree.map(np.testing.assert_array_equal, model_state, started.model_state)
     variables = {"params": started.params["model"], **started.model_state}
-    found, _ = TASK.autoencoder.network.apply(variables, batch["image"], batch["valid"])
+    network = jax.jit(TASK.autoencoder.network.apply)
+    found, _ = network(variables, batch["image"], batch["valid"])
     critic = {"params": started.params["discriminator"]}
-    real, fake = (TASK.discriminator.apply(critic, x) for x in (batch["image"], found))
+    judge = jax.jit(TASK.discriminator.apply)
+    real, fake = (judge(critic, x) for x in (batch["image"], found))
     assert real.shape == (4, 4, 4)  # a logit for each patch
     assert metrics["discriminator/real"] == pytest.approx(float(jax.nn.relu(1 - real).mean()))
     assert value == pytest.approx(
@@ -151,6 +158,8 @@ def test_what_cannot_be_is_said(batch):
     for field in ("start", "perceptual_weight", "adversarial_weight"):
         with pytest.raises(InputError, match=f"{field} is -1; it must be 0 or more"):
             dataclasses.replace(TASK, **{field: -1})
+    with pytest.raises(InputError, match="values from -1 to -1"):
+        TASK.check({"image": np.full((1, *SHAPE), -1.0), "valid": np.ones(1, bool)})
     shapes = lambda task: jax.eval_shape(task.init, jax.random.key(0), batch)  # noqa: E731
     with pytest.raises(InputError, match=r"there is no 'lst' \(did you mean last\?\)"):
         shapes(dataclasses.replace(TASK, last_layer="decoder/lst/kernel"))

@@ -128,6 +128,14 @@ def test_offsets():
     np.testing.assert_allclose(bits_per_dimension(certain, 12), 0, atol=1e-6)
 
 
+def test_dequantization_never_reaches_the_next_level(monkeypatch):
+    highest = np.nextafter(np.float32(1), np.float32(0))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, highest))
+    pixels = jnp.arange(256, dtype=jnp.uint8)[None]
+    x = dequantize(pixels, example_keys(jax.random.key(0), 1))
+    np.testing.assert_array_equal(jnp.floor((x + 1) * 128), pixels)
+
+
 def test_dequantization():
     pixels = jnp.tile(jnp.array([0, 17, 255], jnp.uint8), (500, 1))
     keys = example_keys(jax.random.key(0), 500)

@@ -28,10 +28,11 @@ class Doubled(nn.Module):
         return nn.Conv(2, (3, 3))(x) + t[:, None, None, None] + label[:, None, None, None]
 
 
-def errors_of(task, params, batch, offset=0.5):
+def errors_of(task, params, batch):
     image, label = task._clean(batch)
     eps = jax.random.normal(jax.random.key(7), image.shape)
-    return jax.jit(lambda p: task._errors(p, image, label, offset, eps))(params), eps
+    t = (jnp.arange(8) + 0.5) / 8
+    return jax.jit(lambda p: task._errors(p, image, label, t, eps))(params), eps
 
 
 def test_a_weighting_multiplies_the_errors():
@@ -51,9 +52,9 @@ def test_a_weighting_multiplies_the_errors():
 def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
     seen = []
 
-    def spy(image, eps, label):
-        seen.append((image, eps, label))
-        return optimal_coupling(image, eps, label)
+    def spy(image, eps, group):
+        seen.append((image, eps, group))
+        return optimal_coupling(image, eps, group)
 
     batch = batch_of() | dict(valid=jnp.arange(8) < 7)
     task = task_of(Linear(), coupling=spy, class_dropout=0.5)
@@ -64,9 +65,37 @@ def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
     ]
     assert len(seen) == 1 and losses_of[0] != losses_of[1]
     # Dropping a class comes afterwards, and what is not valid is a group of its own.
-    np.testing.assert_array_equal(seen[0][2], [0, 1, 2, 0, 1, 2, 0, CLASSES])
+    labels = [0, 1, 2, 0, 1, 2, 0, CLASSES]
+    np.testing.assert_array_equal(seen[0][2], np.stack([labels, np.arange(8) < 7], axis=1))
     task.evaluate(params, {}, batch, jax.random.key(0))
     assert len(seen) == 1
+
+
+def test_rows_that_are_not_valid_take_no_noise_from_others():
+    """Also where no condition tells them apart: without classes."""
+    seen = []
+
+    def spy(image, eps, group):
+        seen.append((eps, optimal_coupling(image, eps, group)))
+        return seen[0][1]
+
+    valid = jnp.arange(8) % 2 == 0
+    task = task_of(Linear(), coupling=spy, num_classes=0)
+    batch = {"image": batch_of()["image"], "valid": valid}
+    params, state = start(task, batch)
+    task.loss(params, state, batch, jax.random.key(3))
+    before, after = (np.asarray(eps)[valid].reshape(4, -1) for eps in seen[0])
+    assert {row.tobytes() for row in before} == {row.tobytes() for row in after}
+
+
+def test_a_network_that_gives_other_channels_is_one_line():
+    """Else they would be broadcast against the target, in silence."""
+    with pytest.raises(InputError, match=r"gives \[8, 8, 8, 2\].* must give \[8, 8, 8, 1\]"):
+        task_of(Doubled()).init(jax.random.key(0), batch_of())
+    single = hybrid()
+    single = LearnedVariance(Linear(), single.process, num_classes=CLASSES, image_shape=SHAPE)
+    with pytest.raises(InputError, match=r"must give \[8, 8, 8, 2\]: set its out_channels"):
+        single.init(jax.random.key(0), batch_of())
 
 
 def test_a_preconditioned_network_has_the_process_of_the_task():

@@ -243,3 +243,7 @@ def test_the_times_of_evaluation_are_stratified():
     task = task_of(Spy(), process=FlowMatching(times=uniform))
     task.evaluate({"network": {}}, {}, batch_of(), jax.random.key(0))
     np.testing.assert_allclose(seen[0], (np.arange(8) + 0.5) / 8, rtol=1e-6)
+    # Over the valid rows: those of a padded last batch see all times too.
+    padded = batch_of() | dict(valid=jnp.array([1, 0, 1, 1, 0, 0, 0, 0], bool))
+    task.evaluate({"network": {}}, {}, padded, jax.random.key(0))
+    np.testing.assert_allclose(seen[1][jnp.array([0, 2, 3])], np.array([1, 3, 5]) / 6, rtol=1e-6)

@@ -57,7 +57,7 @@ def test_captions_reach_the_network_and_may_be_left_out():
     np.testing.assert_allclose(found, unsaid + 3.0 * (said - unsaid), rtol=1e-5)
     # The share of captions that are left out, and those that are not valid.
     many = jnp.tile(batch["tokens"][:1], (10_000, 1))
-    dropped = task._dropped(many, jax.random.key(0))
+    dropped = jax.jit(task._dropped)(many, jax.random.key(0))
     is_null = jnp.all(dropped == 0, axis=1)
     np.testing.assert_allclose(jnp.mean(is_null), 0.1, atol=4 * np.sqrt(0.09 / 1e4))
     np.testing.assert_array_equal(dropped[~is_null], many[~is_null])
@@ -86,6 +86,7 @@ def test_predict_and_visualize():
     assert set(jax.eval_shape(task.predict, params, {}, without, jax.random.key(0))) == {"sample"}
     picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
     assert picture.shape == (2 * 9 + 1, 8 * 9 + 1, 1)
+    assert dataclasses.replace(task, captions=()).visualize(params, {}, batch, None) == {}
 
 
 class Channels(nn.Module):
@@ -111,7 +112,7 @@ def test_what_the_upsampler_sees():
     assert jnp.all(level.denoiser({"network": {}}, condition)(x, t) == 0)
     # In training: noise of the strength that the network is told.
     many = jax.tree.map(lambda a: jnp.repeat(a[:1], 2000, axis=0), condition)
-    noisy = task._dropped(many, jax.random.key(3))
+    noisy = jax.jit(task._dropped)(many, jax.random.key(3))
     deviation = jnp.std(noisy["low"] - many["low"], axis=(1, 2, 3))
     assert 0 <= jnp.min(noisy["level"]) and 0.49 < jnp.max(noisy["level"]) <= 0.5
     # The mean ratio over 2,000 images of 16 pixels, whose deviation is a little low (n - 1).

@@ -212,6 +212,8 @@ def test_what_cannot_be_is_said(extractor):
         quality.add({"latent": images}, {"valid": np.ones(20, bool)})
     with pytest.raises(InputError, match=r"n >= 6, d"):
         quality.score(images[:4])
+    with pytest.raises(InputError, match="no images were added"):
+        quality.result()
 
 
 def test_only_the_network_of_the_fid_says_fid(monkeypatch):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from cvjax.errors import InputError
+from cvjax.gan import augment
 from cvjax.gan.augment import diff_augment
 from cvjax.gan.clipping import clipped
 from cvjax.gan.losses import (
@@ -67,7 +68,8 @@ def test_penalties_against_finite_differences():
     between = mix * real + (1 - mix) * fake
     found = jax.jit(lambda: gradient_penalty(critic, real, fake, rng))()
     np.testing.assert_allclose(found, (norm(between) - 1) ** 2, rtol=1e-4)
-    np.testing.assert_allclose(r1_penalty(critic, real), norm(real) ** 2, rtol=1e-4)
+    found = jax.jit(lambda: r1_penalty(critic, real))()
+    np.testing.assert_allclose(found, norm(real) ** 2, rtol=1e-4)
 
 
 def test_a_critic_without_slope_has_a_finite_penalty():
@@ -89,13 +91,20 @@ def test_penalties_of_a_linear_critic_are_exact():
     linear = lambda w: lambda image: jnp.sum(w * image, axis=(1, 2, 3))  # noqa: E731
     size = np.linalg.norm(weight)
     rng = jax.random.key(3)
-    found = gradient_penalty(linear(weight), x, y, rng)
+
+    @jax.jit
+    def both(w):
+        penalties = (
+            lambda w: gradient_penalty(linear(w), x, y, rng),
+            lambda w: r1_penalty(linear(w), x),
+        )
+        return [(of(w), jax.grad(lambda w, of=of: of(w).mean())(w)) for of in penalties]
+
+    (found, slope), (found_r1, slope_r1) = both(weight)
     np.testing.assert_allclose(found, np.full(5, (size - 1) ** 2), rtol=1e-5)
-    np.testing.assert_allclose(r1_penalty(linear(weight), x), np.full(5, size**2), rtol=1e-5)
-    slope = jax.grad(lambda w: gradient_penalty(linear(w), x, y, rng).mean())(weight)
+    np.testing.assert_allclose(found_r1, np.full(5, size**2), rtol=1e-5)
     np.testing.assert_allclose(slope, 2 * (size - 1) * weight / size, rtol=1e-5)
-    slope = jax.grad(lambda w: r1_penalty(linear(w), x).mean())(weight)
-    np.testing.assert_allclose(slope, 2 * weight, rtol=1e-5)
+    np.testing.assert_allclose(slope_r1, 2 * weight, rtol=1e-5)
 
 
 def test_clipped_weights_stay_in_their_box():
@@ -201,6 +210,8 @@ def test_a_logit_of_four_widths_sees_70_pixels():
 
 
 def test_diff_augment():
+    settings = "translation", "cutout", "brightness", "saturation", "contrast"
+    diff_augment = jax.jit(augment.diff_augment, static_argnames=settings)
     image = jnp.broadcast_to(jnp.arange(1.0, 65.0).reshape(1, 8, 8, 1), (50, 8, 8, 1))
     rng = jax.random.key(0)
     moved = np.asarray(diff_augment(image, rng, translation=0.25))
@@ -231,7 +242,7 @@ def test_diff_augment():
     middle = colour.mean((1, 2, 3), keepdims=True)
     factor = (flat - middle) / (colour - middle)
     assert np.ptp(factor, axis=(1, 2, 3)).max() < 1e-3 and np.ptp(factor) > 0.05
-    gradient = jax.grad(lambda x: diff_augment(x, rng, translation=0.25).sum())(image)
+    gradient = jax.jit(jax.grad(lambda x: diff_augment(x, rng, translation=0.25).sum()))(image)
     assert set(np.unique(gradient)) == {0.0, 1.0}
 
 
@@ -444,5 +455,13 @@ def test_what_cannot_be_is_said():
             dataclasses.replace(small(), **{field: -1})
     with pytest.raises(InputError, match="that of the generator is 10; they must be equal"):
         GAN(Generator(), Discriminator(num_classes=3), num_classes=3)
+    larger = dataclasses.replace(small(), generator=Generator((8, 8, 3), (4, 4), 3))
+    with pytest.raises(InputError, match=r"gives \[6, 8, 8, 3\], but the images are"):
+        jax.eval_shape(larger.init, jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match="values from 255 to 255"):
+        small().check({"image": np.full((1, *SHAPE), 255.0), "valid": np.ones(1, bool)})
+    for setting in (dict(translation=-0.1), dict(cutout=1.5), dict(contrast=-1.0)):
+        with pytest.raises(InputError, match=f"{next(iter(setting))} is .* it must be in"):
+            diff_augment(batch_of()["image"], jax.random.key(0), **setting)
     with pytest.raises(InputError, match="need multiples of 4"):
         Generator((6, 8, 1)).init(jax.random.key(0), jnp.zeros((1, 5)), jnp.zeros(1, int))

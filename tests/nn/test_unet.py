@@ -8,7 +8,14 @@ import pytest
 from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.embeddings import sinusoidal
-from cvjax.nn.unet import UNet, depth_to_space, space_to_depth
+from cvjax.nn.unet import (
+    AttentionBlock,
+    Block,
+    UNet,
+    _resized,
+    depth_to_space,
+    space_to_depth,
+)
 
 SMALL = dict(num_classes=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_features=8)
 
@@ -69,6 +76,43 @@ def test_depth_to_space_by_loops():
         for j in range(6):
             square = x[0, i // 2, j // 2].reshape(2, 2, 2)
             np.testing.assert_array_equal(y[0, i, j], square[i % 2, j % 2])
+
+
+def test_maps_are_resized_with_the_filter_1_3_3_1():
+    x = np.asarray(inputs(8, 8, 2)[0])
+    weights = np.array([1, 3, 3, 1]) / 8
+    half = np.zeros((2, 2, 2, 2))  # without the border
+    for i, j in np.ndindex(2, 2):
+        part = x[:, 2 * i + 1 : 2 * i + 5, 2 * j + 1 : 2 * j + 5]
+        half[:, i, j] = np.einsum("bhwc,h,w->bc", part, weights, weights)
+    np.testing.assert_allclose(_resized(x, 4, 4)[:, 1:3, 1:3], half, atol=1e-6)
+    apart = np.zeros((2, 16, 16, 2))
+    apart[:, ::2, ::2] = x
+    double = np.zeros((2, 12, 12, 2))
+    for i, j in np.ndindex(12, 12):
+        part = apart[:, i : i + 4, j : j + 4]
+        double[:, i, j] = np.einsum("bhwc,h,w->bc", part, 2 * weights, 2 * weights)
+    np.testing.assert_allclose(_resized(x, 16, 16)[:, 2:14, 2:14], double, atol=1e-6)
+
+
+def test_ncsn_options():
+    """They need no other parameters; rescaled sums; any size."""
+    plain, other = (UNet(**SMALL, **fields) for fields in ({}, dict(rescale=True, anti_alias=True)))
+    args = inputs(7, 10)
+    params = random_params(plain, *args)
+    assert jax.tree.map(jnp.shape, random_params(other, *args)) == jax.tree.map(jnp.shape, params)
+
+    @jax.jit
+    def both(params):
+        return [network.apply(params, *args) for network in (plain, other)]
+
+    one, two = both(params)
+    assert one.shape == two.shape and jnp.all(jnp.isfinite(two)) and not jnp.allclose(one, two)
+    x, condition = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 8))
+    for make, rest in ((Block, (condition,)), (AttentionBlock, ())):
+        params = random_params(make(8), x, *rest)
+        found = [make(8, rescale=rescale).apply(params, x, *rest) for rescale in (False, True)]
+        np.testing.assert_allclose(found[1], found[0] / np.sqrt(2), rtol=1e-5)
 
 
 def test_begins_as_zero():

@@ -1,6 +1,7 @@
 """Averages of any width after the training, against the average taken directly."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from cvjax.errors import InputError
+from cvjax.train import power_averages
 from cvjax.train.loop import fit
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.power_averages import averaged_params, combination, exponent, tracked, width_of
@@ -79,6 +81,32 @@ def test_widths_and_exponents():
     for wrong in (0.0, 0.3):
         with pytest.raises(InputError, match=f"width is {wrong}"):
             exponent(wrong)
+
+
+def test_each_group_counts_its_own_steps(tmp_path, monkeypatch):
+    """A critic may have taken others than the generator; its name comes first."""
+    shape, states = {"x": np.zeros(2, np.float32)}, {}
+    for step, (mine, of_other) in {1: (100, 500), 2: (200, 600)}.items():
+        states[step] = {
+            f"opt_state/{group}/1/power_averages/{name}": value
+            for group, count in (("critic", of_other), ("generator", mine))
+            for name, value in (
+                ("count", np.int32(count + 1)),
+                ("0.05/x", np.float32([step, 1])),
+                ("0.1/x", np.float32([10 * step, 1])),
+            )
+        }
+    for function, fake in dict(
+        step_folders=lambda _: {step: step for step in states},
+        damage=lambda _: None,
+        read_metadata=lambda step: types.SimpleNamespace(arrays=states[step]),
+        read_arrays=lambda step, names: {name: states[step][name] for name in names},
+    ).items():
+        monkeypatch.setattr(power_averages, function, fake)
+    for group, counts in (("critic", [500, 500, 600, 600]), ("generator", [100, 100, 200, 200])):
+        factors = combination(counts, [0.05, 0.1, 0.05, 0.1], counts[-1], 0.07)
+        found = averaged_params(tmp_path, group, shape, 0.07)["x"]
+        np.testing.assert_allclose(found, factors @ [[1, 1], [10, 1], [2, 1], [20, 1]], rtol=1e-6)
 
 
 def test_of_a_run(tmp_path):

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, log_snr, perturb, split
+from cvjax.diffusion.process import Process, like, log_snr, perturb, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
     begin,
     integrate,
-    like,
     normal,
     time_steps,
 )

@@ -84,8 +84,3 @@ def integrate(
 
     rows = (jnp.arange(len(grid) - 1), grid[:-1], grid[1:], *tables)
     return jax.lax.scan(body, state, jax.tree.map(jnp.asarray, rows))[0]
-
-
-def like(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """A factor [b] with axes of length 1 appended, so that it multiplies x [b, ...]."""
-    return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, log_snr, perturb, split
+from cvjax.diffusion.process import Process, like, log_snr, perturb, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
     at_times,
     begin,
     integrate,
-    like,
     time_steps,
 )
 from cvjax.errors import InputError

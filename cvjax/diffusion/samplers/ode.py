@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, convert, time_at
+from cvjax.diffusion.process import Process, convert, like, time_at
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
     at_times,
     begin,
     integrate,
-    like,
     normal,
     time_steps,
 )

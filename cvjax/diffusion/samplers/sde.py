@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, convert, diffusion, drift
+from cvjax.diffusion.process import Process, convert, diffusion, drift, like
 from cvjax.diffusion.samplers.ancestral import posterior
 from cvjax.diffusion.samplers.integration import (
     Denoise,
@@ -18,7 +18,6 @@ from cvjax.diffusion.samplers.integration import (
     at_times,
     begin,
     integrate,
-    like,
     normal,
     time_steps,
 )

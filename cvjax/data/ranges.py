@@ -1,0 +1,20 @@
+"""What values images may have."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cvjax.errors import InputError
+
+
+def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
+    """Raises InputError unless the valid images [b, h, w, c] of a batch on the host are in [0, 1].
+
+    What `fit` asks, before it begins, a task that has a `check`.
+    """
+    image = np.asarray(batch["image"])[np.asarray(batch["valid"])]
+    if not (image.min(initial=0) >= 0 and image.max(initial=1) <= 1):  # NaN is neither
+        raise InputError(
+            f"images have values from {image.min():.4g} to {image.max():.4g}; this task takes "
+            "them in [0, 1]: give uint8, which the loader divides by 255, or rescale"
+        )
