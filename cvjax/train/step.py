@@ -183,7 +183,8 @@ def _is_update(old: Any, new: Any) -> jax.Array | bool:
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.isfinite(jnp.stack(largest)))
 
 
 def _mean_over(axis_name: str, tree: PyTree) -> PyTree:
