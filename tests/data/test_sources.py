@@ -142,7 +142,11 @@ def test_npz_files_that_cannot_be_used(tmp_path):
     np.savez(tmp_path / "cut.npz", image=np.zeros((9, 9, 9), np.uint8), label=np.zeros(9))
     content = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[:500])
-    for name in ("text.npz", "one.npy", "objects.npz", "cut.npz"):
+    np.savez_compressed(tmp_path / "broken.npz", image=np.zeros((9, 9, 9), np.uint8), label=[1])
+    content = bytearray((tmp_path / "broken.npz").read_bytes())
+    content[60:70] = bytes(10)
+    (tmp_path / "broken.npz").write_bytes(content)
+    for name in ("text.npz", "one.npy", "objects.npz", "cut.npz", "broken.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as an .npz"):
             Npz(tmp_path / name)
     with pytest.raises(InputError, match=r"range.npz: float images must be"):
