@@ -71,7 +71,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     )
 
     if tiny:  # on the embedded digits
-        digits = dict(type="data.sources.digits.Digits", split="train")
+        digits = dict(type="data.sources.digits.Digits", split="train", per_class=4)
         config.data.train = config.initialize.source = ConfigDict(digits)
         config.data.test = ConfigDict({**digits, "split": "test"})
         config.steps, config.batch_size = 4, 16
