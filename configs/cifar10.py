@@ -75,6 +75,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.data.train = config.initialize.source = ConfigDict(digits)
         config.data.test = ConfigDict({**digits, "split": "test"})
         config.steps, config.batch_size = 4, 16
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
         config.task.model.width = 4
     return config

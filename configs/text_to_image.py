@@ -101,7 +101,7 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
             sample_steps=2 if tiny else 25,
             words=WORDS,
             length=8,
-            captions=CAPTIONS,
+            captions=CAPTIONS[:2] if tiny else CAPTIONS,
             **task,
         ),
         optimizer=dict(
