@@ -71,10 +71,10 @@ def get_config(tiny: bool = False) -> ConfigDict:
     )
 
     if tiny:  # on the embedded digits
-        digits = dict(type="data.sources.digits.Digits", split="train")
+        digits = dict(type="data.sources.digits.Digits", split="train", per_class=4)
         config.data.train = config.initialize.source = ConfigDict(digits)
         config.data.test = ConfigDict({**digits, "split": "test"})
         config.steps, config.batch_size = 4, 16
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
         config.task.model.width = 4
     return config

@@ -76,7 +76,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 8
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
         config.data.train.update(count=32, size=64)
         config.data.test.update(count=16, size=64)
         config.task.model.encoder.backbone.backbone.width = 4

@@ -73,8 +73,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 16
-        config.log_every = config.evaluate_every = 2
-        config.task.network.update(width=8)
+        config.log_every, config.evaluate_every = 2, 4
+        config.data.train.per_class = config.data.test.per_class = 4
+        config.task.network.update(width=8, multipliers=(1,), attention=(0,))
         config.task.sample_steps = 2
         config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
         config.optimizer.warmup_steps = 1

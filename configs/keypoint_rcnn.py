@@ -112,8 +112,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 8
-        config.log_every = config.evaluate_every = 2
-        config.data.train.count = config.data.test.count = 16
+        config.log_every, config.evaluate_every = 2, 4
+        config.data.train.update(count=16, size=64)
+        config.data.test.update(count=16, size=64)
         model = config.task.model
         model.encoder.backbone.backbone.width = 4
         model.encoder.fpn.features = model.rpn.head.features = 8

@@ -77,7 +77,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 16
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
         config.data.train.count = config.data.test.count = 32
         config.task.model.backbone.backbone.update(width=4, stage_sizes=(1, 1))
         config.task.model.head.features = (8,)

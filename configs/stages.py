@@ -92,7 +92,7 @@ def stage(steps: int, count: int, field: str, head: dict, tiny: bool) -> dict:
         batch_size=16 if tiny else 8,
         parallel="jit",
         log_every=2 if tiny else 100,
-        evaluate_every=2 if tiny else 400,
+        evaluate_every=4 if tiny else 400,
         data=dict(
             train=dict(split="train", count=32 if tiny else count, **scenes),
             test=dict(split="test", count=32 if tiny else 256, **scenes),

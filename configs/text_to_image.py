@@ -57,9 +57,9 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
         type="nn.unet.UNet",
         num_classes=0,
         width=8 if tiny else 32,
-        multipliers=(1, 2),
+        multipliers=(1,) if tiny else (1, 2),
         blocks=1,
-        attention=(1,),
+        attention=(0,) if tiny else (1,),
         patch=patch,
         text=dict(
             type="nn.text_encoder.TextEncoder",
@@ -76,7 +76,7 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
     return dict(
         seed=0,
         steps=4 if tiny else steps,
-        batch_size=16 if tiny else 32,
+        batch_size=8 if tiny else 32,
         parallel="jit",
         log_every=2 if tiny else 100,
         evaluate_every=4 if tiny else 1000,
@@ -101,7 +101,7 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
             sample_steps=2 if tiny else 25,
             words=WORDS,
             length=8,
-            captions=CAPTIONS,
+            captions=CAPTIONS[:2] if tiny else CAPTIONS,
             **task,
         ),
         optimizer=dict(

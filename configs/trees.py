@@ -101,7 +101,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 8
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
         config.data.train.count = 16
         config.task.model.encoder.backbone.backbone.width = 4
         config.task.model.encoder.fpn.features = config.task.model.head.features = 8

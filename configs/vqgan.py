@@ -63,7 +63,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 16
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
+        config.data.train.per_class = config.data.test.per_class = 4
         config.task.start = 2
         config.task.encoder.widths = config.task.decoder.widths = (4, 4)
         config.task.discriminator.widths = (4, 4)

@@ -65,7 +65,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
 
     if tiny:
         config.steps, config.batch_size = 4, 24
-        config.log_every = config.evaluate_every = 2
+        config.log_every, config.evaluate_every = 2, 4
+        config.data.train.per_class = config.data.test.per_class = 4
         config.task.generator.widths = (4, 4)
         config.task.discriminator.widths = (4, 4)
     return config

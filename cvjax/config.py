@@ -92,11 +92,16 @@ def buildable(config: ConfigDict) -> dict[str, Any]:
 def load_json(path: Path) -> ConfigDict:
     """The config that a run saved. Raises InputError when it is not there or is not JSON."""
     try:
-        return ConfigDict(_tuples(json.loads(path.read_text())))
+        config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"there is no run to load: {path} does not exist") from error
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(
+            f"{path} must hold a config, fields by name, not a {type(config).__name__}"
+        )
+    return ConfigDict(_tuples(config))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -151,8 +156,8 @@ def _parse(text: str, before: Any, flag: str) -> Any:
         raise InputError(f"{flag}={text}: it must be true or false, as the {before} it replaces")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text  # the last three: "{[]: 1}", and brackets in brackets in brackets
     if before is None or value is None:
         return value
     if isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):

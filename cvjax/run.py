@@ -1,6 +1,7 @@
 """What main.py does with a config: build it and train, evaluate or predict."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -85,7 +86,16 @@ def load_run(workdir: Path, changes: list[tuple[str, str]] = ()) -> Run:
 def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
     """What was built as arguments of `fit`, after checks that take the whole config."""
     built = dict(built)
+    fields = set(inspect.signature(fit).parameters) - {"workdir", "config", "loader", "eval_data"}
+    for name in built:
+        if name not in fields:
+            raise InputError(f"config.{name}: no such field{nearest(name, fields)}")
+    for name in ("task", "data", "steps", "batch_size"):
+        if name not in built:
+            raise InputError(f"config.{name} is missing")
     data = built.pop("data")
+    if "train" not in data:
+        raise InputError("config.data.train is missing")
     for name in data:
         if name not in DATA:
             raise InputError(f"config.data.{name}: no such field{nearest(name, DATA)}")
@@ -119,6 +129,8 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
             log.info("done: look into %s (curves.png, pictures/, metrics.jsonl)", workdir)
         return 128 + result.received if result.received is not None else 0
 
+    if built["eval_data"] is None:
+        raise InputError(f"--mode={mode} needs held-out data, and config.data.test is missing")
     task, seed, size = built["task"], built.get("seed", 0), built["batch_size"]
     data, loader, state = built["eval_data"], built["loader"], _newest_state(built, workdir)
     if mode == "evaluate":

@@ -136,6 +136,14 @@ def test_json_round_trip(tmp_path):
     assert differences(save_json(config), save_json(again)) == ["steps: 930 was, 3 is"]
 
 
+@pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe", b""])
+def test_a_saved_config_that_is_none(content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_json(path)
+
+
 def test_what_describe_gives_builds_the_same_again(tmp_path):
     task = Classification(
         model=ResNet(depth=50, num_classes=3, stage_sizes=(1, 2), dtype=jnp.bfloat16),

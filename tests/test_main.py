@@ -77,9 +77,18 @@ BAD = {
         [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees=-1.0 must be from 0"),
     "field of a transform": (
         [f"--config={CLASSIFICATION}", f"{AFFINE}.degree=1"], "did you mean degrees?"),
+    "no number": (["--config.steps={[1]: 2}"], "must be of type int"),
+    "no steps at all": (["--config={tmp}/few.py"], "config.steps is missing"),
+    "a field of nobody": (
+        ["--config={tmp}/stesp.py"], "config.stesp: no such field (did you mean steps?)"),
+    "nothing held out": (
+        ["--config={tmp}/alone.py", "--mode=predict"], "config.data.test is missing"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
 }  # fmt: skip
+
+DATA_ALONE = dict(task=dict(type="train.noop.NoOp"), data=dict(train=(1,)), batch_size=8)
+FIELDS = dict(few=DATA_ALONE, stesp=DATA_ALONE | {"stesp": 2}, alone=DATA_ALONE | {"steps": 2})
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -88,6 +97,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "empty.py").write_text("")
+    for name, fields in FIELDS.items():
+        (tmp_path / f"{name}.py").write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config(tiny):\n    return ConfigDict({fields!r})\n"
+        )
     (tmp_path / "hollow").mkdir()
     arguments, message = BAD[name]
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
@@ -224,13 +238,13 @@ def test_a_run_that_diverges_stops_and_names_metric_and_step(tmp_path, capfd):
 
 def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     workdir = f"--workdir={tmp_path / 'run'}"
-    assert main.main([f"--config={DIFFUSION}", workdir, "--config.batch_size=200"]) == 0
+    assert main.main([f"--config={DIFFUSION}", workdir]) == 0
     capfd.readouterr()
     assert main.main(["--mode=evaluate", workdir]) == 0
     assert "loss: " in capfd.readouterr().out
     assert main.main(["--mode=predict", workdir]) == 0
     predictions = np.load(tmp_path / "run/predictions.npz")
-    assert predictions["sample"].shape == (1000, 28, 28, 1)
+    assert predictions["sample"].shape == (40, 28, 28, 1)
 
 
 STAGES = str(ROOT / "tests/recipe_stages.py")

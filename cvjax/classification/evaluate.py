@@ -11,6 +11,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import average_precision_score
 
 from cvjax import draw
+from cvjax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -24,7 +25,12 @@ class Confusion:
     """
 
     def __init__(self, class_names: Sequence[str] | None = None, mistakes: int = 30):
-        """Names are numbers when there are none; `mistakes` is how many are shown."""
+        """Names are numbers when there are none; `mistakes` is how many are shown.
+
+        Raises InputError (of `add`, too: for another number of names than of classes).
+        """
+        if mistakes < 0:
+            raise InputError(f"mistakes is {mistakes}; it cannot be negative")
         self.class_names, self.mistakes = class_names, mistakes
         self.matrix: np.ndarray | None = None
         self._worst: list[tuple[float, int, np.ndarray]] = []
@@ -37,6 +43,11 @@ class Confusion:
         label, image = np.asarray(batch["label"])[valid], np.asarray(batch["image"])[valid]
         classes = probabilities.shape[-1]
         if self.matrix is None:
+            if self.class_names and len(self.class_names) != classes:
+                raise InputError(
+                    f"class_names has {len(self.class_names)} names, but there are {classes} "
+                    "classes"
+                )
             self.matrix = np.zeros((classes, classes), np.int64)
         prediction = probabilities.argmax(-1)
         np.add.at(self.matrix, (label, prediction), 1)
@@ -44,7 +55,8 @@ class Confusion:
             # The number breaks ties, and keeps the sort from comparing images.
             entry = float(probabilities[row, prediction[row]]), -(self._seen + row), image[row]
             self._worst.append(entry)
-        self._worst = sorted(self._worst, key=lambda entry: entry[:2])[-self.mistakes :]
+        self._worst.sort(key=lambda entry: entry[:2], reverse=True)
+        del self._worst[self.mistakes :]
         self._seen += len(label)
 
     def result(self) -> dict[str, float]:
@@ -68,7 +80,7 @@ class Confusion:
         cells = rows[..., None, None, None] * np.ones((16, 16, 1))
         found = {"confusion": draw.grid(cells.reshape(-1, 16, 16, 1), columns=len(rows))}
         if self._worst:
-            images = np.stack([image for _, _, image in reversed(self._worst)])
+            images = np.stack([image for _, _, image in self._worst])
             found["mistakes"] = draw.grid(np.clip(images, 0, 1))
         return found
 
@@ -83,6 +95,8 @@ class Calibration:
     """
 
     def __init__(self, bins: int = 15):
+        if bins < 1:
+            raise InputError(f"bins is {bins}; it must be at least 1")
         self.bins = bins
         self._logits: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
@@ -123,7 +137,7 @@ class MeanAveragePrecision:
     def add(self, outputs: Arrays, batch: Arrays) -> None:
         """Takes `logits` [b, classes]; of the batch `label` [b, classes] and `valid`."""
         valid = np.asarray(batch["valid"])
-        self._scores.append(np.asarray(outputs["logits"])[valid])
+        self._scores.append(np.asarray(outputs["logits"], np.float32)[valid])
         self._targets.append(np.asarray(batch["label"])[valid] > 0.5)
 
     def result(self) -> dict[str, float]:
@@ -148,7 +162,8 @@ def expected_calibration_error(
     """
     confidence = probabilities.max(-1)
     right = probabilities.argmax(-1) == labels
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    # Not ceil(confidence * bins): 7 / 25 * 25 is more than 7.
+    index = np.searchsorted(np.arange(1, bins) / bins, confidence)
     gaps = np.bincount(index, right - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
 

@@ -22,7 +22,7 @@ def softmax_cross_entropy(
     The mean over a batch is that over its examples, not (as in torch) over their weights.
     """
     targets = _weighted(targets, class_weights)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+    return -jnp.sum(_times_log(targets, jax.nn.log_softmax(logits.astype(jnp.float32))), axis=-1)
 
 
 def softmax_focal(
@@ -38,7 +38,8 @@ def softmax_focal(
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = _weighted(targets, class_weights)
-    return -jnp.sum(targets * _power(-jnp.expm1(log_p), gamma) * log_p, axis=-1)
+    weights = targets * _power(-jnp.expm1(log_p), gamma)
+    return -jnp.sum(_times_log(weights, log_p), axis=-1)
 
 
 def sigmoid_cross_entropy(
@@ -99,12 +100,18 @@ def distillation(
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+    return temperature**2 * jnp.sum(_times_log(jnp.exp(log_q), log_q - log_p), axis=-1)
 
 
 def _weighted(values: jax.Array, weights: Sequence[float] | None) -> jax.Array:
     values = values.astype(jnp.float32)
     return values if weights is None else values * jnp.asarray(weights, jnp.float32)
+
+
+def _times_log(weight: jax.Array, log_p: jax.Array) -> jax.Array:
+    """weight * log p, and 0 where the weight is 0, though the logit be minus infinity."""
+    counts = weight != 0
+    return jnp.where(counts, weight * jnp.where(counts, log_p, 0.0), 0.0)
 
 
 def _power(base: jax.Array, exponent: float) -> jax.Array:

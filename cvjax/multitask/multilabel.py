@@ -49,7 +49,8 @@ def measure(
     """
     valid = jnp.asarray(batch["valid"])
     truth = jnp.where(valid[:, None], batch[field], 0).astype(jnp.float32)
-    losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), truth).mean(axis=-1)
+    logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
+    losses = optax.sigmoid_binary_cross_entropy(logits, truth).mean(axis=-1)
     right = (logits > 0) == (truth > 0)
     value = jnp.sum(jnp.where(valid, losses, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
     return value, {

@@ -17,7 +17,6 @@ import importlib.util
 import math
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -51,8 +51,8 @@ class Table:
     """What became of every array of the model, and of every array in the file.
 
     The status begins with one of: loaded; fresh (the head, for another number of classes);
-    missing (not in the file); shape differs (these three keep the model's values); left (in the
-    file, but not of this model); no weight (a counter or an index).
+    missing (not in the file); shape differs; no numbers (these four keep the model's values); left
+    (in the file, but not of this model); no weight (a counter or an index).
 
     Attributes:
       source: the file, and whose names it has.
@@ -179,8 +179,10 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
             try:
                 with np.load(file, allow_pickle=False) as archive:
                     return dict(archive)
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-                raise InputError(f"{file} cannot be read: {error}") from error
+            except Exception as error:  # zipfile, zlib and numpy raise ten kinds for damaged files
+                raise InputError(
+                    f"{file} cannot be read: {str(error) or 'it is damaged'}"
+                ) from error
         case ".pth" | ".pt" | ".bin":
             try:
                 return state_dict(read_torch(file))
@@ -212,6 +214,8 @@ def _fitted(
     """An array laid out as ours is, None where it does not fit, and the status."""
     name = path.removeprefix("params/")
     there = value.shape
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)):
+        return None, f"no numbers: {value.dtype} in the file"
     if foreign and path.endswith("/kernel"):
         if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]
@@ -223,7 +227,7 @@ def _fitted(
         value = value.reshape(shape)
     if value.shape == shape:
         return value, "loaded"
-    if name == "position" and value.ndim == 3 and value.shape[-1] == shape[-1]:
+    if name == "position" and value.ndim == 3 and value.size and value.shape[-1] == shape[-1]:
         height, width, _ = value.shape
         return resize_bicubic(value, *shape[:2]), f"loaded: resampled from {height}x{width}"
     if name.startswith(("head/", "box_head/", "heads_")):
@@ -240,6 +244,8 @@ def _split_positions(values: dict[str, np.ndarray], targets: Mapping[str, jax.Ar
     if name not in values or values[name].ndim != 3 or len(values[name]) != 1:
         return
     tokens = values[name][0]
+    if not len(tokens) or len(targets[name].shape) != 3:
+        return
     height, width, channels = targets[name].shape
     # As many patches as ours, or else a square of them; with or without the class token before.
     candidates = [(first, height, width) for first in (0, 1)]

@@ -10,6 +10,7 @@ meaning is coded below. A file that asks for anything else is refused.
 import io
 import math
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ import numpy as np
 from cvjax.errors import InputError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
+# A tensor may show its numbers again and again, with strides of 0; a small file shall not become
+# a large array by it.
+MOST_REPEATED = 2**24
 DTYPES = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
@@ -86,7 +90,7 @@ def read_torch(path: Path) -> Any:
         raise InputError(f"{path} is refused: {error}") from None
     except (
         ValueError, TypeError, IndexError, KeyError, AttributeError, EOFError, OverflowError,
-        RecursionError, NotImplementedError, zipfile.BadZipFile,
+        RuntimeError, struct.error, zipfile.BadZipFile,  # the first of these if it is encrypted
     ) as error:  # fmt: skip
         raise InputError(f"{path} is not a whole file of weights of torch: {error}") from error
 
@@ -158,6 +162,8 @@ def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
                 f"a tensor of {storage.length} numbers, of which {len(data)} are there"
             )
         data = data[storage.start : storage.start + storage.length]
+        if math.prod(tensor.shape) > max(len(data), MOST_REPEATED):
+            raise ValueError(f"a tensor of shape {tensor.shape}, made of {len(data)} numbers")
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, storage.dtype)
         steps = zip(tensor.shape, tensor.strides, strict=True)
@@ -187,10 +193,10 @@ def _interpret(file: io.BytesIO) -> Any:
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        at = max(i for i, value in enumerate(stack) if value is _MARK)
-        values = stack[at + 1 :]
-        del stack[at:]
-        return values
+        values = []
+        while (value := stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
 
     for opcode, argument, _ in pickletools.genops(file):
         match opcode.name:
@@ -305,13 +311,14 @@ def _called(function: Any, arguments: Any) -> Any:
             return {}
         case ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
             storage, offset, shape, strides = arguments[:4]
+            # Never shown: what is nested in itself a hundred times would be endless.
             numbers = (offset, *shape, *strides)
             if not isinstance(storage, _Storage) or len(shape) != len(strides):
                 raise TypeError("a tensor without numbers")
             if any(type(number) is not int or number < 0 for number in numbers):
-                raise ValueError(f"a tensor of shape {shape} and strides {strides}")
-            if len(shape) > 32 or math.prod(shape) > 2**40:
-                raise ValueError(f"a tensor of shape {shape}")
+                raise ValueError("a tensor whose shape and strides are no numbers")
+            if len(shape) > 32:
+                raise ValueError(f"a tensor of {len(shape)} axes")
             return _Tensor(storage, offset, tuple(shape), tuple(strides))
         case ("torch._utils", "_rebuild_parameter"):
             if not isinstance(arguments[0], _Tensor):
@@ -326,7 +333,7 @@ def _storage(description: Any) -> _Storage:
     """What torch's pickles say in the place of numbers that stand elsewhere in the file."""
     kind, storage_type, key, _, length, *view = description
     if kind != "storage" or not isinstance(storage_type, Name):
-        raise ValueError(f"an unknown reference {kind!r}")
+        raise ValueError("a reference to something other than numbers")
     dtype = DTYPES.get(storage_type.name)
     if dtype is None or storage_type.module not in ("torch", "torch.storage"):
         raise _Refused(f"its numbers are of type {'.'.join(storage_type)}")

@@ -68,7 +68,8 @@ def fused(arrays: Arrays) -> Arrays:
         if match := re.fullmatch(pattern, name):
             ours = ("query", "key", "value") if match[3] is None else ("q_proj", "k_proj", "v_proj")
             parts = [f"{match[1]}.{part}.{match[4]}" for part in ours]
-            if not all(part in arrays for part in parts):
+            shapes = {arrays[part].shape[1:] for part in parts if part in arrays}
+            if not all(part in arrays for part in parts) or len(shapes) > 1 or not array.ndim:
                 result[name] = array
             elif name == parts[0]:
                 whole = np.concatenate([arrays[part] for part in parts])

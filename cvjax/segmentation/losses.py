@@ -2,10 +2,11 @@
 
 Notation: `logits` [..., k] are the scores of k classes at each pixel, of any float type and any
 size that is finite in float32; `mask` [...] are integers, the true class of each pixel in
-0..k - 1, or `ignore` where the pixel does not count (unlabelled, or a row that is padding). p are
-the softmax probabilities and t the one-hot truth. Each loss is one float32 over all pixels that
-count, wherever in the batch they are: 0, and without a gradient, when there is none; NaN when a
-label is neither a class nor `ignore`, for else nobody would know.
+0..k - 1, or `ignore` where the pixel does not count (unlabelled, or a row that is padding); there
+the logits may be anything, NaN included. p are the softmax probabilities and t the one-hot truth.
+Each loss is one float32 over all pixels that count, wherever in the batch they are: 0, and without
+a gradient, when there is none; NaN when a label is neither a class nor `ignore`, for else nobody
+would know.
 """
 
 from collections.abc import Sequence
@@ -113,7 +114,7 @@ def _log_p_of_truth(
     _check_shapes(logits, mask)
     counts = counted(mask, ignore)
     label = jnp.where(counts, mask, 0).astype(jnp.int32)
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_p = jax.nn.log_softmax(_where_counted(logits, counts))
     log_p = jnp.take_along_axis(log_p, label[..., None], axis=-1, mode="clip")[..., 0]
     return jnp.where(counts, log_p, 0.0), label, counts
 
@@ -125,9 +126,14 @@ def _probabilities(
     _check_shapes(logits, mask)
     classes, mask = logits.shape[-1], mask.reshape(-1)
     counts = counted(mask, ignore)
-    p = jax.nn.softmax(logits.astype(jnp.float32).reshape(-1, classes))
+    p = jax.nn.softmax(_where_counted(logits.reshape(-1, classes), counts))
     truth = jax.nn.one_hot(jnp.where(counts, mask.astype(jnp.int32), -1), classes)
     return p, truth, counts
+
+
+def _where_counted(logits: jax.Array, counts: jax.Array) -> jax.Array:
+    """Zeros elsewhere: a NaN there would reach the gradient, times 0."""
+    return jnp.where(counts[..., None], logits.astype(jnp.float32), 0.0)
 
 
 def _weights(class_weights: Sequence[float], logits: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def make_train_step(
                 model_state=model_state,
             )
             loss_is_finite, gradient_is_finite = jnp.isfinite(value), _all_finite(gradient)
-            finite &= loss_is_finite & gradient_is_finite
+            finite &= _all_finite((value, gradient))
             reported = {
                 **reported,
                 f"nonfinite/{group}/loss": mean(~loss_is_finite),
@@ -183,7 +183,10 @@ def _is_update(old: Any, new: Any) -> jax.Array | bool:
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    # Not all(array of flags): XLA makes of it one "and" for each leaf, fuses all of them into each
+    # update that depends on them, and the program grows with the square of the number of leaves.
+    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.isfinite(jnp.array(largest)))
 
 
 def _mean_over(axis_name: str, tree: PyTree) -> PyTree:

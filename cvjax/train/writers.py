@@ -43,6 +43,7 @@ class JsonLines:
         replacement.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(replacement, self.path)
         self._file = self.path.open("a", buffering=1)
+        self._drawn = 0  # lines that are in curves.png
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
@@ -61,7 +62,10 @@ class JsonLines:
         """Nothing: the config has a file of its own."""
 
     def flush(self) -> None:
-        """Draws `curves.png`: every loss against the step."""
+        """Draws `curves.png`: every loss against the step; not again without a new line."""
+        if len(self.rows) == self._drawn:
+            return
+        self._drawn = len(self.rows)
         names = dict.fromkeys(name for row in self.rows for name in row if name.endswith("loss"))
         curves = {}
         for name in names:

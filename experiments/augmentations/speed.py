@@ -69,7 +69,8 @@ def ours(files: list[str], antialias: bool = True) -> Batches:
         example = source[index]
         for transform in transforms:
             example = transform(example, rng)
-        rows = np.multiply(example["image"].reshape(224, -1), scale, dtype=np.float32)
+        rows = example["image"].reshape(224, -1).astype(np.float32)
+        rows *= scale
         rows += offset
         return rows.reshape(224, 224, 3)
 

@@ -10,6 +10,7 @@ from cvjax.classification.evaluate import (
     expected_calibration_error,
     temperature,
 )
+from cvjax.errors import InputError
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(0, 2, (50, 4))
@@ -116,3 +117,26 @@ def test_mean_average_precision():
     found = batches(MeanAveragePrecision(), labels=targets).result()
     each = [average_precision_score(targets[:, i], LOGITS[:, i]) for i in (0, 1, 3)]
     assert found["map"] == pytest.approx(np.mean(each))
+
+
+@pytest.mark.parametrize("bins", [10, 15, 25, 29, 35])
+def test_a_confidence_on_an_edge_is_in_the_lower_bin(bins):
+    """Were 7 / 25 taken for the eighth bin, right and wrong there would cancel out."""
+    for number in range(1, bins):
+        edge = number / bins
+        above = np.nextafter(edge, 1)
+        p = np.array([[edge, -1.0], [above, -1.0]])
+        # Gaps of 1 - edge and of -edge: in one bin they would be 1 - 2 edge.
+        found = expected_calibration_error(p, np.array([0, 1]), bins)
+        np.testing.assert_allclose(found, 0.5, rtol=1e-12)
+
+
+def test_settings_of_evaluators_that_make_no_sense():
+    with pytest.raises(InputError, match="bins is 0"):
+        Calibration(bins=0)
+    with pytest.raises(InputError, match="mistakes is -1"):
+        Confusion(mistakes=-1)
+    for names in ("abc", "abcde"):
+        with pytest.raises(InputError, match=f"{len(names)} names, but there are 4 classes"):
+            batches(Confusion(names))
+    assert "mistakes" not in batches(Confusion(mistakes=0)).pictures()

@@ -140,3 +140,23 @@ def test_class_balanced_weights():
 def test_weights_that_make_no_sense(counts, beta):
     with pytest.raises(ValueError):
         losses.class_balanced_weights(counts, beta)
+
+
+@pytest.mark.parametrize("loss", [losses.softmax_cross_entropy, losses.softmax_focal])
+def test_a_class_that_is_ruled_out_costs_nothing(loss):
+    """A logit of minus infinity, with a target of 0, is as if the class were not there."""
+    logits, targets = jnp.array([[0.3, -jnp.inf, -1.0]]), jnp.array([[0.75, 0.0, 0.25]])
+    value, gradient = jax.value_and_grad(lambda x: loss(x, targets)[0])(logits)
+    few = jnp.array([0, 2])
+    same = jax.value_and_grad(lambda x: loss(x, targets[:, few])[0])(logits[:, few])
+    np.testing.assert_allclose(value, same[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, few], same[1], rtol=1e-6)
+    assert gradient[0, 1] == 0
+    assert loss(logits, jnp.array([[0.5, 0.5, 0.0]]))[0] == jnp.inf
+
+
+def test_a_teacher_may_rule_a_class_out():
+    taught, logits = jnp.array([[0.5, -jnp.inf]]), jnp.array([[0.0, 1.0]])
+    # KL of (1, 0) from (p, 1 - p) is -log p.
+    found = losses.distillation(logits, taught)[0]
+    np.testing.assert_allclose(found, np.log1p(np.e), rtol=1e-6)

@@ -142,7 +142,11 @@ def test_npz_files_that_cannot_be_used(tmp_path):
     np.savez(tmp_path / "cut.npz", image=np.zeros((9, 9, 9), np.uint8), label=np.zeros(9))
     content = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[:500])
-    for name in ("text.npz", "one.npy", "objects.npz", "cut.npz"):
+    np.savez_compressed(tmp_path / "broken.npz", image=np.zeros((9, 9, 9), np.uint8), label=[1])
+    content = bytearray((tmp_path / "broken.npz").read_bytes())
+    content[60:70] = bytes(10)
+    (tmp_path / "broken.npz").write_bytes(content)
+    for name in ("text.npz", "one.npy", "objects.npz", "cut.npz", "broken.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as an .npz"):
             Npz(tmp_path / name)
     with pytest.raises(InputError, match=r"range.npz: float images must be"):
@@ -266,6 +270,27 @@ def test_a_jpeg_is_that_of_pillow_upright_and_a_cut_one_is_damaged(tmp_path):
         (tmp_path / "a" / "0.jpg").write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"cannot decode .*0.jpg"):
             source[0]
+
+
+def test_jpegs_of_other_kinds_are_those_of_pillow_too(tmp_path):
+    """Grey, CMYK, with bytes between the markers, several pictures in one file."""
+    (tmp_path / "a").mkdir()
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    files = [tmp_path / "a" / f"{number}.jpg" for number in range(4)]
+    colours.convert("L").save(files[0])
+    colours.convert("CMYK").save(files[1])
+    colours.save(files[2])
+    content = files[2].read_bytes()
+    at = content.index(b"\xff\xc0")
+    files[2].write_bytes(content[:at] + b"\xff" * 3 + content[at:])
+    colours.save(files[3], format="MPO", save_all=True, append_images=[colours.rotate(180)])
+    for number, file in enumerate(files):
+        with Image.open(file) as image:
+            expected = np.asarray(image.convert("RGB"))
+        np.testing.assert_array_equal(Folder(tmp_path)[number]["image"], expected)
+        with pytest.raises(ValueError, match=r"header claims 40 x 24 pixels"):
+            Folder(tmp_path, max_pixels=959)[number]
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -185,3 +185,11 @@ def test_what_cannot_be_trained():
         MultiTask(Backbone(), {})
     with pytest.raises(InputError, match=r"'uncertain' .did you mean uncertainty"):
         MultiTask(Backbone(), {"present": PRESENT}, "uncertain")
+
+
+def test_multilabel_of_rows_that_are_not_valid_may_be_anything():
+    logits = jnp.array([[1.0, -2.0], [jnp.nan, jnp.inf]])
+    batch = {"present": jnp.array([[1.0, 0.0], [jnp.nan, 7.0]]), "valid": jnp.array([True, False])}
+    gradient = jax.grad(lambda logits: measure(logits, batch)[0])(logits)
+    np.testing.assert_array_equal(gradient[1], 0)
+    np.testing.assert_allclose(gradient[0], [-0.5 / (1 + np.e), 0.5 / (1 + np.e**2)], rtol=1e-6)

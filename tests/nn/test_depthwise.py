@@ -18,7 +18,7 @@ OPTIONS = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
         ((9, 7), 3, 2, "SAME"),
         ((8, 6), 5, 2, "SAME"),
         ((8, 6), 5, 2, ((2, 2), (2, 2))),
-        ((2, 3), 7, 1, ((3, 3), (3, 3))),
+        ((2, 3), 5, 1, ((2, 2), (2, 2))),
         ((1, 1), 3, 2, ((1, 1), (1, 1))),
         ((8, 5), 3, 1, "VALID"),
     ],
@@ -51,6 +51,9 @@ def test_equals_the_general_convolution(size, kernel, stride, padding):
                 jax.grad(value, (0, 1))(x, weight),
                 jax.grad(second, (0, 1))(x, weight),
                 jax.vmap(function, (0, None))(x[:, None], weight),
+                # Forward alone, and over the gradient, as `jax.hessian` does it.
+                jax.jvp(function, (x, weight), (x[::-1], jnp.sin(weight))),
+                jax.jvp(jax.grad(value, (0, 1)), (x, weight), (x[::-1], jnp.sin(weight)))[1],
             )
         )(x, weight)
 
@@ -58,6 +61,21 @@ def test_equals_the_general_convolution(size, kernel, stride, padding):
     for a, b in zip(*map(jax.tree.leaves, (all_of(ours), all_of(general))), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_it_is_linear_in_each_argument():
+    """Its derivative along x at any place is the convolution of that direction, in bfloat16 too."""
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(1, 6, 5, 2)), jnp.bfloat16) for _ in range(2))
+    weight = jnp.asarray(rng.normal(size=(3, 3, 1, 2)), jnp.bfloat16)
+
+    def convolve(x):
+        return depthwise_conv(x, weight, (2, 2), "SAME", feature_group_count=2, **OPTIONS)
+
+    along, there = jax.jit(lambda x, dx: (jax.jvp(convolve, (x,), (dx,))[1], convolve(dx)))(x, dx)
+    assert along.dtype == jnp.bfloat16
+    # Summed in float32 too, in another order: the last of the 8 bits of bfloat16 may differ.
+    np.testing.assert_allclose(np.float32(along), np.float32(there), rtol=2**-7, atol=2**-7)
 
 
 def test_bfloat16_is_summed_in_float32():

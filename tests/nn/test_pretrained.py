@@ -152,6 +152,12 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
     with pytest.raises(InputError, match="cannot be read"):
         read_weights(tmp_path / "objects.npz")
+    np.savez_compressed(tmp_path / "broken.npz", a=np.arange(300))
+    content = bytearray((tmp_path / "broken.npz").read_bytes())
+    content[60:90] = bytes(30)
+    (tmp_path / "broken.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.npz cannot be read"):
+        read_weights(tmp_path / "broken.npz")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     with pytest.raises(InputError, match="none of its 1 arrays"):
         load_variables(ours(ResNet(num_classes=5, **SMALL)), tmp_path / "other.npz")
@@ -159,6 +165,28 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
         read_weights("no_such_package:weights.pth")
     with pytest.raises(InputError, match=r"no file nothing\.pth in the package numpy"):
         read_weights("numpy:nothing.pth")
+
+
+def test_arrays_that_are_no_weights_are_left_and_named(tmp_path):
+    model = ViT("ti", patch=4, width=8, depth=1, heads=2, image_size=(8, 8), num_classes=3)
+    layer = "encoder.layer.0.attention.attention"
+    np.savez(
+        tmp_path / "weights.npz",
+        **{
+            "pos_embed": np.zeros((1, 0, 8), np.float32),
+            "norm.weight": np.full(8, "one"),
+            "norm.bias": np.ones(8),
+            f"{layer}.query.weight": np.ones((8, 8)),
+            f"{layer}.key.weight": np.ones(8),
+            f"{layer}.value.weight": np.ones((8, 8)),
+        },
+    )
+    loaded, table = load_variables(ours(model, (8, 8)), tmp_path / "weights.npz")
+    status = {row.path: row.status for row in table.rows}
+    assert status["params/norm/bias"] == "loaded" and status[f"{layer}.key.weight"] == "left"
+    assert status["params/norm/scale"] == "no numbers: <U3 in the file"
+    assert status["params/position"] == "shape differs: [1, 0, 8] in the file"
+    assert (loaded["params"]["norm"]["scale"] == 9).all(), "it stays as it was"
 
 
 def test_fit_starts_from_them(tmp_path, caplog):

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -164,6 +165,57 @@ def test_tensors_stay_inside_their_storage(tmp_path):
             print(name, read_weights(file))
     as_zip(file, tensor())
     with pytest.raises(InputError, match="not a whole file"):
+        read_weights(file)
+
+
+def nested(end):
+    """A pickle with a tuple of itself, sixty times, as memo 60: written out it has no end."""
+    steps = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+    return b"\x80\x02)q\x00" + steps + b"0" + end
+
+
+NUMBERS = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+ENDLESS = {
+    "shape": nested(
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + NUMBERS + b"K\x06tQK\x00h\x3c\x85K\x01\x85tR."
+    ),
+    "reference": nested(b"(h\x3c" + NUMBERS[NUMBERS.index(b"ctorch") :] + b"K\x06tQ."),
+    "length": nested(NUMBERS + b"h\x3ctQ."),
+    "key": nested(b"}h\x3cK\x01s."),
+    "root": nested(b"h\x3c."),
+    "marks": b"\x80\x02" + b"K\x01" * 300_000 + b"(t" * 30_000 + b".",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_would_take_for_ever_is_refused_at_once(name, tmp_path):
+    as_zip(tmp_path / "weights.pth", ENDLESS[name])
+    began = time.process_time()
+    with pytest.raises(InputError) as error:
+        read_weights(tmp_path / "weights.pth")
+    assert time.process_time() - began < 10 and len(str(error.value)) < 1000
+
+
+def test_a_small_file_does_not_become_a_large_array(tmp_path):
+    """A stride of 0 shows the same number again: as position embeddings it would be resampled."""
+    file, numbers = tmp_path / "weights.pth", np.arange(4, dtype=np.float32)
+    side = "J\x00\x10\x00\x00"  # 4096
+    as_zip(file, tensor(shape=f"{side}{side}\x86", strides="K\x00K\x00\x86"),
+           **{"data/0": numbers.tobytes()})  # fmt: skip
+    assert read_weights(file)["w"].shape == (4096, 4096)  # a view: it takes no memory
+    as_zip(file, tensor(shape=f"{side}{side}K\x02\x87", strides="K\x00K\x00K\x00\x87"),
+           **{"data/0": numbers.tobytes()})  # fmt: skip
+    with pytest.raises(InputError, match="made of 4 numbers"):
+        read_weights(file)
+
+
+def test_encrypted_archives_are_told_in_one_line(tmp_path):
+    file = tmp_path / "weights.pth"
+    as_zip(file, tensor(), **{"data/0": bytes(16)})
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag of the first file
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="encrypted"):
         read_weights(file)
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from cvjax.train import sharding
 from cvjax.train.optimizer import Optimizer, optimizers_by_group
 from cvjax.train.state import TrainState
-from cvjax.train.step import initial_state, make_train_step, warmed_up_decay
-from cvjax.train.task import Task
+from cvjax.train.step import _all_finite, initial_state, make_train_step, warmed_up_decay
+from cvjax.train.task import Objective, Task
 from tests.train.toys import (
     Adversarial,
     Bootstrap,
@@ -177,6 +179,40 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate, poi
     recovered, metrics = step(after, batch_of(2))
     assert float(metrics["nonfinite/model/gradient"].compute()) == 0.0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(recovered.replace(rng=0)))
+
+
+def several(params):
+    """A task whose loss is the sum of squares of all, and the state before its first step."""
+
+    def loss(params, *_):
+        return sum(jnp.sum(p**2) for p in params["model"]), ({}, {})
+
+    task = SimpleNamespace(
+        init=lambda rng, batch: ({"model": params}, {}), objectives=[Objective("model", loss)]
+    )
+    return task, *start(task, optax.sgd(1.0))
+
+
+def test_the_program_grows_with_the_parameters_not_with_their_square():
+    """That one gradient is not finite must not be asked anew, of all, for each parameter."""
+    sizes = []
+    for count in (10, 40):
+        task, state, optimizers = several([jnp.ones(3)] * count)
+        program = jax.jit(make_train_step(task, optimizers)).lower(state, batch_of(0)).compile()
+        sizes.append(len(program.as_text().splitlines()))
+    assert sizes[1] < 5 * sizes[0], sizes
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_anywhere_is_found(bad):
+    found = jax.jit(_all_finite)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        tree = {"none": jnp.zeros((0, 3), dtype), "one": jnp.ones((), dtype)}
+        for at in range(37):
+            many = jnp.full(37, jnp.finfo(dtype).max, dtype).at[at]
+            assert found({**tree, "many": many.set(1.0)})
+            assert not found({**tree, "many": many.set(bad)})
+    assert found({})
 
 
 def test_randomness_is_the_seed_and_the_step_alone():

@@ -29,6 +29,17 @@ def test_lines_after_the_resumed_step_are_written_anew(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_curves_are_drawn_anew_for_new_lines_alone(tmp_path):
+    writer, curves = JsonLines(tmp_path), tmp_path / "curves.png"
+    for step in (1, 2):
+        writer.write_scalars(step=step, scalars={"train/loss": 1.0})
+        writer.flush()
+        assert curves.exists()
+        curves.unlink()
+    writer.close()
+    assert not curves.exists()
+
+
 def test_what_is_not_finite_stays_readable(tmp_path):
     writer = JsonLines(tmp_path)
     writer.write_scalars(step=1, scalars={"train/loss": float("nan")})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -74,8 +73,9 @@ class Npz:
             raise InputError(f"the file {self.path} does not exist") from None
         except InputError:
             raise
-        except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.path} cannot be read as an .npz file: {error}") from error
+        except Exception as error:  # zipfile, zlib and numpy raise ten kinds for damaged files
+            reason = str(error) or "it is damaged"
+            raise InputError(f"{self.path} cannot be read as an .npz file: {reason}") from error
         try:
             arrays = Arrays(fields)
         except InputError as error:

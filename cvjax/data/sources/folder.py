@@ -81,20 +81,14 @@ class Folder:
         return self._files[index]
 
     def _decode(self, content: bytes) -> np.ndarray:
+        if self.channels == 3 and self.image_size is None and (size := _colour_jpeg(content)):
+            self._check_size(*size)
+            # The same pixels, upright too, in half of the time.
+            array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if array is not None:  # Else Pillow says what is wrong.
+                return array
         with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
-            if image.width * image.height > self.max_pixels:
-                raise ValueError(
-                    f"the header claims {image.width} x {image.height} pixels, more than "
-                    f"max_pixels={self.max_pixels}"
-                )
-            if (image.format, image.mode, self.channels) == ("JPEG", "RGB", 3) and (
-                self.image_size is None
-            ):
-                # The same pixels, upright too, in two thirds of the time.
-                pixels = np.frombuffer(content, np.uint8)
-                array = cv2.imdecode(pixels, cv2.IMREAD_COLOR_RGB)
-                if array is not None:  # Else Pillow says what is wrong.
-                    return array
+            self._check_size(*image.size)
             upright = ImageOps.exif_transpose(image)
             picture = upright.convert(_MODES[self.channels])
         if self.image_size is not None:
@@ -102,6 +96,30 @@ class Folder:
             picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
         array = np.asarray(picture)
         return array[..., None] if array.ndim == 2 else array
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise ValueError(
+                f"the header claims {width} x {height} pixels, more than "
+                f"max_pixels={self.max_pixels}"
+            )
+
+
+def _colour_jpeg(content: bytes) -> tuple[int, int] | None:
+    """Width and height in the header of a JPEG of three channels; None for all else.
+
+    ITU-T T.81, sections B.1.1 and B.2.2. Pillow's reader, which knows all formats, takes a fifth of
+    the time of decoding.
+    """
+    at = 2
+    while content[:2] == b"\xff\xd8" and at + 9 < len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the start of the frame
+            bits, channels = content[at + 4], content[at + 9]
+            height, width = (int.from_bytes(content[at + i : at + i + 2], "big") for i in (5, 7))
+            return (width, height) if (bits, channels) == (8, 3) and height else None
+        at += 1 if marker == 0xFF else 2 + length  # a marker may have more than one 0xFF before it
+    return None
 
 
 def _is_image(file: pathlib.Path) -> bool:

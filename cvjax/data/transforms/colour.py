@@ -44,7 +44,7 @@ def _weighted(image: Image, a: float, other: Image, b: float, offset: float = 0.
 
 def brightness(image: Image, factor: float) -> Image:
     """Multiplies all values."""
-    return _weighted(image, factor, image, 0)
+    return cv2.convertScaleAbs(image, alpha=factor).reshape(image.shape)
 
 
 def contrast(image: Image, factor: float) -> Image:

@@ -258,16 +258,21 @@ def resize(
     height, width = height_and_width(size)
     old_height, old_width = image_of(example).shape[:2]
     matrix = np.diag([width / old_width, height / old_height, 1.0])
-    rows = np.int64((np.arange(height) + 0.5) * old_height / height)
-    columns = np.int64((np.arange(width) + 0.5) * old_width / width)
+
+    def nearest() -> tuple[np.ndarray, np.ndarray]:
+        rows = (np.arange(height) + 0.5) * old_height / height
+        columns = (np.arange(width) + 0.5) * old_width / width
+        return np.int64(rows), np.int64(columns)
 
     def area(array: np.ndarray, fill: int = 0) -> np.ndarray:
+        rows, columns = nearest()
         return array[..., rows, :][..., columns]
 
     def image(array: np.ndarray) -> np.ndarray:
         if (height, width) == (old_height, old_width):
             return array
         if interpolation == "nearest":
+            rows, columns = nearest()
             return array[rows][:, columns]
         if antialias:
             return _resize_with_pillow(array, (width, height), _PILLOW[interpolation])
