@@ -2,8 +2,8 @@
 
 FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of one to
 six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits:
-0.536 box AP (COCO, .50:.95) on 500 held-out scenes with seed 0, after 288 CPU-seconds
-on one core; still rising with the number of steps.
+0.625, 0.619 and 0.626 box AP (COCO, .50:.95) on 500 held-out scenes with the seeds 0, 1 and 2,
+after 900 CPU-seconds each, 15 minutes on one core.
 
     python main.py --config=configs/fcos.py
 """
