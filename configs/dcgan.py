@@ -9,8 +9,8 @@ transposed convolutions depth-to-space.
     python experiments/frechet/run.py --workdir=runs/dcgan
 
 180 CPU-seconds on one core of a shared machine. Of 1,000 samples (seed 0): FD-digits 4.6 (held-out
-real digits in their place 0.14), precision .70 (.94), recall .91 (.94): about half are clean digits;
-classes (configs/conditional_gan.py) are worth far more. Not tuned.
+real digits in their place 0.14), precision .70 (.94), recall .91 (.94): about half are clean
+digits; classes (configs/conditional_gan.py) are worth far more. Not tuned.
 """
 
 from ml_collections import ConfigDict
