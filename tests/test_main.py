@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import main
+from cvjax.errors import InputError
+from cvjax.run import load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
 
@@ -245,6 +247,16 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     assert main.main(["--mode=predict", workdir]) == 0
     predictions = np.load(tmp_path / "run/predictions.npz")
     assert predictions["sample"].shape == (40, 28, 28, 1)
+    run = load_run(tmp_path / "run", [("task.sample_steps", "3"), ("data.test.per_class", "2")])
+    at, arrays = final(tmp_path / "run")
+    assert int(run.state.step) == at and run.task.sample_steps == 3
+    assert len(run.test) == 20 and run.train.split == "train"
+    kernel = run.state.params["network"]["stem"]["kernel"]
+    np.testing.assert_array_equal(kernel, arrays["params/network/stem/kernel"])
+    with pytest.raises(InputError, match="did you mean guidance"):
+        load_run(tmp_path / "run", [("task.guidence", "3")])
+    with pytest.raises(InputError, match="there is no run to load"):
+        load_run(tmp_path)
 
 
 STAGES = str(ROOT / "tests/recipe_stages.py")
