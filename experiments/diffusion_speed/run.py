@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.step_time.turns import HEADER, compare
+from experiments.step_time.turns import HEADER, TORCH_PYTHON, compare
 
 WORKER = Path(__file__).parent / "worker.py"
 
 if __name__ == "__main__":
-    subprocess.run([sys.executable, str(WORKER), "same"], check=True)
+    subprocess.run([TORCH_PYTHON, str(WORKER), "same"], check=True)
     print(HEADER)
     # With Muon on our side there is no counterpart: PyTorch's Muon takes matrices alone.
     for optimizer, kind in (("ADAM", "train"), ("MUON", "train"), ("ADAM", "sample")):

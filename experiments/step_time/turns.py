@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# PyTorch's side may have an interpreter of its own: no one need have both, nor both for one Python.
+TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 TORCH_MODES = ("eager", "channels_last", "compile")
 MODES, ROUNDS, SECONDS = ("jax", *TORCH_MODES), 5, 1.0
 HEADER = (
@@ -33,10 +35,11 @@ def serve(step: Callable[[], Any]) -> None:
 class Worker:
     """A process that times steps when it is asked to."""
 
-    def __init__(self, script: Path, *arguments: str):
+    def __init__(self, script: Path, mode: str, *arguments: str):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        python = TORCH_PYTHON if mode in TORCH_MODES else sys.executable
         self.process = subprocess.Popen(
-            [sys.executable, str(script), *arguments], env=environment,
+            [python, str(script), mode, *arguments], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if self.process.stdout.readline() != "ready\n":
