@@ -77,6 +77,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
                     features=48,
                     depth=2,
                     size=14,
+                    detail=2,
                     dtype="float32",
                 )
             ),

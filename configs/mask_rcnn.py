@@ -74,8 +74,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
                     type="detection.mask_head.MaskHead",
                     num_classes=10,
                     features=48,
-                    depth=2,
+                    depth=4,
                     size=14,
+                    detail=4,
                     dtype="float32",
                 )
             ),

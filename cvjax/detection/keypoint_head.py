@@ -26,6 +26,8 @@ class KeypointHead(nn.Module):
       features: channels of the convolutions.
       depth: the number of 3x3 convolutions.
       size: height and width of the features that it reads; its maps are four times as large.
+      detail: samples of the image itself along each side of a cell, which the head sees beside the
+        features, see `cvjax.detection.rcnn.pixels_of`; 0, as published, for none.
       dtype: of the computation; parameters are float32.
     """
 
@@ -33,6 +35,7 @@ class KeypointHead(nn.Module):
     features: int = 512
     depth: int = 8
     size: int = 14
+    detail: int = 0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

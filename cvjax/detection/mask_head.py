@@ -30,6 +30,9 @@ class MaskHead(nn.Module):
       features: channels of all layers.
       depth: the number of 3x3 convolutions.
       size: height and width of the features that it reads; those of its masks are twice as large.
+      detail: samples of the image itself along each side of a cell, which the head sees beside the
+        features, see `cvjax.detection.rcnn.pixels_of`; 0, as published, for none. With 2 they are
+        as fine as its masks.
       threshold: a pixel belongs to the object from this probability on.
       dtype: of the computation; parameters are float32.
     """
@@ -38,6 +41,7 @@ class MaskHead(nn.Module):
     features: int = 256
     depth: int = 4
     size: int = 14
+    detail: int = 0
     threshold: float = 0.5
     dtype: DTypeLike = jnp.float32
 

@@ -22,6 +22,7 @@ from cvjax.detection.dense import Detections
 from cvjax.detection.losses import check_normalizer, normalized
 from cvjax.detection.roi_align import fpn_levels, roi_align
 from cvjax.detection.sampling import Samples, foreground_rows, sample
+from cvjax.nn.unet import space_to_depth
 
 Outputs = dict[str, Any]
 
@@ -59,15 +60,36 @@ class PyramidPool:
         )  # fmt: skip
 
 
+def pixels_of(x: jax.Array, boxes: jax.Array, size: int, detail: int) -> jax.Array:
+    """What a head with `detail` sees beside the features: the image in the boxes, cell by cell.
+
+    The finest level has long lost where exactly an edge is; PointRend (A. Kirillov et al.,
+    https://arxiv.org/abs/1912.08193, section 3.3) gives its points fine-grained features for that.
+
+    Args:
+      x: images [b, h, w, c].
+      boxes: [b, r, 4], xyxy in pixels.
+      size: cells along each side of a box.
+      detail: bilinear samples along each side of a cell.
+
+    Returns:
+      [b, r, size, size, detail^2 c], the samples of a cell as its channels, row by row.
+    """
+    side = size * detail
+    seen = roi_align([x], boxes, strides=[1], output_size=(side, side), samples=1)
+    cells = space_to_depth(seen.reshape(-1, side, side, x.shape[-1]), detail)
+    return cells.reshape(*boxes.shape[:2], *cells.shape[1:])
+
+
 class RCNN(nn.Module):
     """The detector.
 
     A head is a module that maps features [p, size, size, c] of p boxes to arrays [p, ...], with a
-    field or property `size` and two functions of one image: `losses(outputs, samples, truth) ->
-    {name: (sum, count)}`, of `cvjax.detection.sampling.Samples` and the truth of that image, and
-    `detections(outputs, found, size) -> {name: [m, ...]}`, of what the box head has found in an
-    image of that height and width. Whatever a batch has in the fields that the task knows is in
-    the truth.
+    field or property `size`, perhaps one `detail` (see `pixels_of`), and two functions of one
+    image: `losses(outputs, samples, truth) -> {name: (sum, count)}`, of
+    `cvjax.detection.sampling.Samples` and the truth of that image, and `detections(outputs, found,
+    size) -> {name: [m, ...]}`, of what the box head has found in an image of that height and
+    width. Whatever a batch has in the fields that the task knows is in the truth.
 
     Attributes:
       encoder: a module with `__call__(x, *, train, valid) -> levels` and `strides`, for example
@@ -119,6 +141,9 @@ class RCNN(nn.Module):
 
         def see(head: nn.Module, boxes: jax.Array) -> Any:
             features = self.pool(levels, boxes, strides, head.size)
+            if detail := getattr(head, "detail", 0):
+                pixels = pixels_of(x, boxes, head.size, detail).astype(features.dtype)
+                features = jnp.concatenate([features, pixels], axis=-1)
             outputs = head(features.reshape(-1, *features.shape[2:]))
             return jax.tree.map(lambda y: y.reshape(*boxes.shape[:2], *y.shape[1:]), outputs)
 

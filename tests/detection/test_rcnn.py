@@ -14,7 +14,7 @@ from cvjax import draw
 from cvjax.detection.box_head import BoxHead
 from cvjax.detection.keypoint_head import KeypointHead
 from cvjax.detection.mask_head import MaskHead
-from cvjax.detection.rcnn import RCNN, PyramidPool
+from cvjax.detection.rcnn import RCNN, PyramidPool, pixels_of
 from cvjax.detection.roi_align import roi_align
 from cvjax.detection.rpn import RPN, RPNHead
 from cvjax.detection.task import Detection
@@ -53,7 +53,7 @@ def task_of(dtype="float32"):
             proposals=12),
         BoxHead(CLASSES, 32, 4, candidates=40, outputs=5, dtype=dtype),
         {
-            "mask": MaskHead(CLASSES, 8, 1, 5, dtype=dtype),
+            "mask": MaskHead(CLASSES, 8, 1, 5, detail=2, dtype=dtype),
             "keypoints": KeypointHead(POINTS, 8, 1, 4, dtype=dtype),
             "price": PriceHead(),
         },
@@ -246,7 +246,7 @@ def test_a_batch_is_learned_by_heart():
             batch["image"][row, mask] = np.eye(3)[batch["box_label"][row, i]]
             batch["keypoints"][row, i] = [[middle[0], y1 + 1, 2], [x1 + 1, middle[1], 1]]
             batch["price"][row, i] = batch["box_label"][row, i]
-    steps = 250
+    steps = 400
     # Smaller steps at the end: else where it stands after the last one is a matter of rounding.
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     params, model_state = initialized()
@@ -265,7 +265,7 @@ def test_a_batch_is_learned_by_heart():
         params, moments = apply(gradient, moments, params)
     found = jax.tree.map(np.asarray, found)
     for row in range(4):
-        assert found["scores"][row, 1] > max(0.3, 1.5 * found["scores"][row, 2])
+        assert found["scores"][row, 1] > 0.5
         order = np.argsort(found["boxes"][row, :2, 0])
         pick = lambda name: found[name][row][:2][order]  # noqa: B023, E731
         true = {name: batch[name][row, :2] for name in ("boxes", "masks", "keypoints", "price")}
@@ -357,6 +357,26 @@ def test_each_box_is_pooled_from_the_level_of_its_size():
     found, of_level = both(levels, boxes)
     for i, level in enumerate((0, 1, 0, 0)):  # 60 x 17 is 31.9 squared.
         np.testing.assert_allclose(found[:, i], of_level[level][:, i], atol=1e-5)
+
+
+def test_a_head_with_detail_sees_the_pixels_of_the_box():
+    image = np.random.default_rng(0).normal(size=(2, 20, 24, 3)).astype(np.float32)
+    boxes = np.float32([[[3, 5, 11, 13]], [[16, 12, 24, 20]]])  # 8 x 8 pixels, up to the corner
+    seen = np.asarray(jax.jit(pixels_of, static_argnums=(2, 3))(image, boxes, 4, 2))
+    assert seen.shape == (2, 1, 4, 4, 12)
+    for i, (x, y, *_) in enumerate(boxes[:, 0].astype(int)):
+        for row, column in np.ndindex(4, 4):
+            top, left = y + 2 * row, x + 2 * column
+            cell = image[i, top : top + 2, left : left + 2]
+            # Samples in the middle of pixels: their weights are 1 and 0 but for float32's rounding.
+            np.testing.assert_allclose(seen[i, 0, row, column], cell.reshape(-1), atol=1e-5)
+
+
+def test_with_detail_the_first_convolution_has_the_channels_of_the_pixels():
+    task = task_of()
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch_of())
+    kernel = params["model"]["heads_mask"]["mask_fcn1"]["kernel"]
+    assert kernel.shape == (3, 3, 16 + 2 * 2 * 3, 8)
 
 
 class Spy(nn.Module):
