@@ -53,7 +53,7 @@ def task_of(dtype="float32"):
             proposals=12),
         BoxHead(CLASSES, 32, 4, candidates=40, outputs=5, dtype=dtype),
         {
-            "mask": MaskHead(CLASSES, 8, 1, 5, detail=2, dtype=dtype),
+            "mask": MaskHead(CLASSES, 8, 1, 5, dtype=dtype),
             "keypoints": KeypointHead(POINTS, 8, 1, 4, dtype=dtype),
             "price": PriceHead(),
         },
@@ -246,7 +246,7 @@ def test_a_batch_is_learned_by_heart():
             batch["image"][row, mask] = np.eye(3)[batch["box_label"][row, i]]
             batch["keypoints"][row, i] = [[middle[0], y1 + 1, 2], [x1 + 1, middle[1], 1]]
             batch["price"][row, i] = batch["box_label"][row, i]
-    steps = 400
+    steps = 250
     # Smaller steps at the end: else where it stands after the last one is a matter of rounding.
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
     params, model_state = initialized()
@@ -265,7 +265,7 @@ def test_a_batch_is_learned_by_heart():
         params, moments = apply(gradient, moments, params)
     found = jax.tree.map(np.asarray, found)
     for row in range(4):
-        assert found["scores"][row, 1] > 0.5
+        assert found["scores"][row, 1] > max(0.3, 1.5 * found["scores"][row, 2])
         order = np.argsort(found["boxes"][row, :2, 0])
         pick = lambda name: found[name][row][:2][order]  # noqa: B023, E731
         true = {name: batch[name][row, :2] for name in ("boxes", "masks", "keypoints", "price")}
@@ -372,11 +372,26 @@ def test_a_head_with_detail_sees_the_pixels_of_the_box():
             np.testing.assert_allclose(seen[i, 0, row, column], cell.reshape(-1), atol=1e-5)
 
 
-def test_with_detail_the_first_convolution_has_the_channels_of_the_pixels():
-    task = task_of()
+def test_with_detail_the_first_convolution_reads_features_and_pixels():
+    model = task_of().model
+    heads = {
+        "mask": MaskHead(CLASSES, 8, 1, 5, detail=2),
+        "keypoints": KeypointHead(POINTS, 8, 1, 4, detail=3),
+    }
+    model = model.clone(heads=heads)
+    task = Detection(model)
     params, _ = jax.eval_shape(task.init, jax.random.key(0), batch_of())
-    kernel = params["model"]["heads_mask"]["mask_fcn1"]["kernel"]
-    assert kernel.shape == (3, 3, 16 + 2 * 2 * 3, 8)
+    shapes = {
+        name: params["model"][f"heads_{name}"][f"{first}_fcn1"]["kernel"].shape
+        for name, first in (("mask", "mask"), ("keypoints", "conv"))
+    }
+    assert shapes == {"mask": (3, 3, 16 + 4 * 3, 8), "keypoints": (3, 3, 16 + 9 * 3, 8)}
+    # Without a truth the heads see what was found.
+    outputs = jax.eval_shape(
+        lambda params, x: model.apply({"params": params}, x, mutable=["batch_stats"])[0],
+        params["model"], batch_of()["image"],
+    )  # fmt: skip
+    assert outputs["heads"]["mask"].shape == (4, 5, 10, 10, CLASSES + 1)
 
 
 class Spy(nn.Module):
