@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 4000
+    config.steps = 3800
     config.batch_size = 64
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 2000
+    config.evaluate_every = 1900
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),

@@ -43,7 +43,9 @@ class VectorQuantizer(nn.Module):
 
     The codebook is in the collection "codebook": `counts` [size] and `sums` [size, d], whose
     quotient the vectors are, so that the mean over devices is that of their batches together.
-    Rows that are not valid do not move it. Restarts need the stream "codebook".
+    Rows that are not valid do not move it. Restarts need the stream "codebook"; with
+    parallel="pmap" each device restarts what its own rows leave unused, so that a code lands
+    between the vectors of several: train with parallel="jit".
 
     Attributes:
       size: the number of codes.
