@@ -3,7 +3,8 @@
 Mask R-CNN with a keypoint head (arXiv:1703.06870, section 5) on a small residual network with a
 feature pyramid; scenes of one to six real MNIST digits that partly hide each other, the held-out
 ones made of held-out digits. A point has sigma 0.05: at 0.1 * sqrt(area of the digit) from its
-place it counts exp(-1/2).
+place it counts exp(-1/2). 0.472 keypoint AP and 0.636 box AP (COCO, .50:.95) on 500 held-out scenes
+with seed 0, in 1,375 CPU-seconds; where a stroke ends in a flat edge, its point is hard to tell.
 
     python main.py --config=configs/keypoint_rcnn.py
 """
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000
+    config.steps = 4800
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1500
+    config.evaluate_every = 2400
     config.best = "coco/keypoint_AP"
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes", keypoints=True)
