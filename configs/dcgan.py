@@ -8,9 +8,11 @@ transposed convolutions depth-to-space.
     python main.py --config=configs/dcgan.py
     python experiments/frechet/run.py --workdir=runs/dcgan
 
-180 CPU-seconds on one core of a shared machine. Of 1,000 samples (seed 0): FD-digits 4.6 (held-out
-real digits in their place 0.14), precision .70 (.94), recall .91 (.94): about half are clean
-digits; classes (configs/conditional_gan.py) are worth far more. Not tuned.
+450 CPU-seconds on one core of a shared machine. Of 1,000 samples (seed 0): FD-digits 2.3 (held-out
+real digits in their place 0.14), precision .755 (.936), recall .943 (.944): most are clean digits;
+classes (configs/conditional_gan.py) are worth far more. FD-digits is 4.6 after 2,000 steps; as many
+with the hinge loss give 4.9, with R1 of gamma 1 in place of spectral normalization 3.7, but they
+take three times as long.
 """
 
 from ml_collections import ConfigDict
@@ -19,11 +21,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2000
+    config.steps = 6000
     config.batch_size = 32
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1000
+    config.evaluate_every = 3000
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
