@@ -1,11 +1,12 @@
 """What an equally small detector of torchvision reaches on the scenes of our recipe.
 
-    pip install torch==2.13.0 && pip install --no-deps torchvision==0.29.2
-    python experiments/detection_peers/run.py retinanet|fcos [--seed 0] [--steps N]
+    pip install torch torchvision
+    python experiments/detection_peers/run.py retinanet|fcos|mask_rcnn [--seed 0] [--steps N]
 
-The scenes, their order, the number of steps, the batch, the schedule, the widths of backbone and
-pyramid, the anchors and the thresholds are those of configs/retinanet.py or configs/fcos.py; head,
-losses, matching and selection are torchvision's. Prints the figures of `CocoEvaluator`.
+The scenes, their order, the number of steps, the batch, the schedule, the widths of backbone,
+pyramid and heads, the anchors and the thresholds are those of the recipe of that name; the layers
+of the heads, losses, matching and selection are torchvision's. Prints the figures of
+`CocoEvaluator`.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
-import stand_in  # noqa: F401  before torchvision
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from cvjax import config as configs
 from cvjax.build import build
@@ -42,14 +45,16 @@ ROOT = Path(__file__).parents[2]
 class Backbone(nn.Module):
     """Squares of pixels as channels, a small residual network, and torchvision's pyramid."""
 
-    def __init__(self, patch: int, width: int, out_channels: int):
+    def __init__(self, encoder: dict):
         super().__init__()
-        self.out_channels = out_channels
+        settings = encoder["backbone"]["backbone"]
+        patch, width = encoder["backbone"]["patch"], settings["width"]
+        self.out_channels = encoder["fpn"]["features"]
         self.stem = nn.Sequential(
             nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width), nn.ReLU(),
         )  # fmt: skip
-        channels = [width, width, 2 * width, 4 * width]
+        channels = [width, *(width * 2**i for i in range(len(settings["stage_sizes"])))]
         self.stages = nn.ModuleList(
             BasicBlock(
                 before, after, stride=after // before,
@@ -59,27 +64,32 @@ class Backbone(nn.Module):
             )
             for before, after in itertools.pairwise(channels)
         )  # fmt: skip
-        self.fpn = FeaturePyramidNetwork(channels[2:], out_channels)
+        self.fpn = FeaturePyramidNetwork(channels[2:], self.out_channels)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images [b, 3, h, w] to two maps, with strides of 2 and 4 patches."""
+        """Images [b, 3, h, w] to the maps of all stages but the first; strides from 2 patches."""
         x, maps = self.stem(x), {}
         for number, stage in enumerate(self.stages):
             x = stage(x)
-            maps[str(number)] = x
-        return self.fpn({name: maps[name] for name in ("1", "2")})
+            if number > 0:
+                maps[str(number - 1)] = x
+        return self.fpn(maps)
 
 
 def make(name: str, settings: dict) -> nn.Module:
     """The detector of torchvision with the widths, anchors and thresholds of our recipe."""
-    encoder, head = settings["encoder"], settings["head"]
-    patch = encoder["backbone"]["patch"]
-    backbone = Backbone(patch, encoder["backbone"]["backbone"]["width"], encoder["fpn"]["features"])
-    strides, norm = (2 * patch, 4 * patch), partial(nn.GroupNorm, head["groups"])
-    options = dict(
-        min_size=128, max_size=128, image_mean=[0.5] * 3, image_std=[0.5] * 3, score_thresh=0.05,
-        topk_candidates=settings["candidates"], detections_per_img=settings["outputs"],
+    encoder = settings["encoder"]
+    backbone, patch = Backbone(encoder), encoder["backbone"]["patch"]
+    strides = [2 * patch * 2**i for i in range(len(encoder["stages"]))]
+    options = dict(min_size=128, max_size=128, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    if name == "mask_rcnn":
+        return make_mask_rcnn(backbone, strides, settings, options)
+    options |= dict(
+        score_thresh=0.05, topk_candidates=settings["candidates"],
+        detections_per_img=settings["outputs"],
     )  # fmt: skip
+    head = settings["head"]
+    norm = partial(nn.GroupNorm, head["groups"])
     classes, width = head["num_classes"], backbone.out_channels
     if name == "retinanet":
         octaves = settings["octaves"]
@@ -104,25 +114,64 @@ def make(name: str, settings: dict) -> nn.Module:
     )  # fmt: skip
 
 
+def make_mask_rcnn(
+    backbone: Backbone, strides: list[int], settings: dict, options: dict
+) -> MaskRCNN:
+    """Mask R-CNN; its mask head sees the features alone, without the pixels that ours sees."""
+    rpn, box, mask = settings["rpn"], settings["box_head"], settings["heads"]["mask"]
+    pool, width = settings["pool"], backbone.out_channels
+    pooled = partial(
+        MultiScaleRoIAlign, [str(i) for i in range(pool["levels"])],
+        sampling_ratio=pool["samples"], canonical_scale=pool["canonical_size"],
+        canonical_level=pool["canonical_level"],
+    )  # fmt: skip
+    sizes = tuple((rpn["scale"] * stride,) for stride in strides)
+    ratios = (tuple(rpn["ratios"]),) * len(strides)
+    return MaskRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(sizes, ratios),
+        rpn_head=RPNHead(width, len(rpn["ratios"])),
+        rpn_pre_nms_top_n_train=rpn["candidates"],
+        rpn_pre_nms_top_n_test=rpn["candidates"],
+        rpn_post_nms_top_n_train=rpn["proposals"],
+        rpn_post_nms_top_n_test=rpn["proposals"],
+        rpn_batch_size_per_image=rpn["samples"],
+        box_roi_pool=pooled(output_size=box["size"]),
+        box_head=TwoMLPHead(width * box["size"] ** 2, box["features"]),
+        box_predictor=FastRCNNPredictor(box["features"], box["num_classes"] + 1),
+        box_batch_size_per_image=settings["samples"],
+        box_positive_fraction=settings["fraction"],
+        box_detections_per_img=box["outputs"],
+        mask_roi_pool=pooled(output_size=mask["size"]),
+        mask_head=MaskRCNNHeads(width, [mask["features"]] * mask["depth"], 1),
+        mask_predictor=MaskRCNNPredictor(
+            mask["features"], mask["features"], mask["num_classes"] + 1
+        ),
+        **options,
+    )
+
+
 def images_of(batch: dict[str, np.ndarray]) -> list[torch.Tensor]:
     """The images [3, h, w] in [0, 1]."""
     return list(torch.from_numpy(np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2))))
 
 
-def targets_of(batch: dict[str, np.ndarray]) -> list[dict[str, torch.Tensor]]:
-    """Boxes and labels without padding."""
-    return [
-        {"boxes": torch.from_numpy(boxes[real]), "labels": torch.from_numpy(labels[real]).long()}
-        for boxes, labels, real in zip(
-            batch["boxes"], batch["box_label"], batch["box_valid"], strict=True
-        )
-    ]
+def targets_of(batch: dict[str, np.ndarray], background: int) -> list[dict[str, torch.Tensor]]:
+    """Boxes, labels (`background` is added) and masks, if there are any, without padding."""
+    targets = []
+    for i, real in enumerate(batch["box_valid"]):
+        labels = torch.from_numpy(batch["box_label"][i][real]).long() + background
+        targets.append({"boxes": torch.from_numpy(batch["boxes"][i][real]), "labels": labels})
+        if "masks" in batch:
+            targets[-1]["masks"] = torch.from_numpy(batch["masks"][i][real])
+    return targets
 
 
-def evaluate(model: nn.Module, loader: Loader, rows: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, evaluator: CocoEvaluator, loader: Loader, rows: int, background: int
+) -> dict[str, float]:
     """The numbers of COCO over all scenes of a loader."""
     model.eval()
-    evaluator = CocoEvaluator(num_classes=10)
     for batch in loader.iterate():
         with torch.inference_mode():
             found = model(images_of(batch))
@@ -130,12 +179,17 @@ def evaluate(model: nn.Module, loader: Loader, rows: int) -> dict[str, float]:
             "boxes": np.zeros((len(found), rows, 4), np.float32),
             "scores": np.zeros((len(found), rows), np.float32),
             "labels": np.zeros((len(found), rows), np.int32),
+            "masks": np.zeros((len(found), rows, *batch["image"].shape[1:3]), bool),
             "detected": np.zeros((len(found), rows), bool),
         }
         for i, one in enumerate(found):
-            for name in ("boxes", "scores", "labels"):
-                outputs[name][i, : len(one[name])] = one[name].numpy()
-            outputs["detected"][i, : len(one["scores"])] = True
+            count = len(one["scores"])
+            outputs["boxes"][i, :count] = one["boxes"].numpy()
+            outputs["scores"][i, :count] = one["scores"].numpy()
+            outputs["labels"][i, :count] = one["labels"].numpy() - background
+            if "masks" in one:
+                outputs["masks"][i, :count] = one["masks"][:, 0].numpy() >= 0.5
+            outputs["detected"][i, :count] = True
         evaluator.add(outputs, batch)
     return evaluator.result()
 
@@ -143,13 +197,15 @@ def evaluate(model: nn.Module, loader: Loader, rows: int) -> dict[str, float]:
 def main() -> None:
     """Trains, and prints what was reached and in which time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=("retinanet", "fcos"))
+    parser.add_argument("name", choices=("retinanet", "fcos", "mask_rcnn"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--test", type=int, help="held-out scenes; all of the recipe's by default")
     flags = parser.parse_args()
     recipe = configs.read(f"{ROOT}/configs/{flags.name}.py").to_dict()
     settings, optimizer = recipe["task"]["model"], recipe["optimizer"]
+    background = int(flags.name == "mask_rcnn")  # it has label 0 in torchvision's two stages
+    weights = {f"loss_{name}": weight for name, weight in recipe["task"]["weights"].items()}
     steps = flags.steps or recipe["steps"]
     torch.manual_seed(flags.seed)
     torch.set_num_threads(1)
@@ -171,8 +227,8 @@ def main() -> None:
     batches, start, window = loader.iterate(), time.process_time(), []
     for step in range(1, steps + 1):
         batch = next(batches)
-        losses = model(images_of(batch), targets_of(batch))
-        loss = sum(losses.values())
+        losses = model(images_of(batch), targets_of(batch, background))
+        loss = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         if not math.isfinite(loss.item()):
             sys.exit(f"the loss of step {step} is {loss.item()}")
         adamw.zero_grad(set_to_none=True)
@@ -191,7 +247,9 @@ def main() -> None:
     if flags.test:
         held_out["count"] = flags.test
     held_out = eval_loader_of(build(held_out), recipe["batch_size"], None)
-    figures = evaluate(model, held_out, settings["outputs"])
+    evaluator = build(recipe["evaluators"]["coco"])
+    outputs = settings["box_head"]["outputs"] if background else settings["outputs"]
+    figures = evaluate(model, evaluator, held_out, outputs, background)
     print("  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 

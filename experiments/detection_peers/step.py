@@ -1,6 +1,6 @@
 """How long is a training step of RetinaNet-R50 at 2 x 320 x 320 beside torchvision's, and why?
 
-    pip install torch==2.13.0 && pip install --no-deps torchvision==0.29.2
+    pip install torch torchvision
     taskset -c 0 python experiments/detection_peers/step.py [--rounds 5]
 
 Both in one process, in turn: forward, losses, gradients and a step of SGD, 91 classes, 8 objects in
@@ -23,7 +23,6 @@ sys.path.insert(2, str(Path(__file__).parents[1] / "step_time"))
 import jax
 import numpy as np
 import optax
-import stand_in  # noqa: F401  before torchvision
 import torch
 from profile_step import KINDS, kinds_of, times
 from torchvision.models.detection.retinanet import retinanet_resnet50_fpn
