@@ -1,49 +1,113 @@
-"""Speed of suppression and of ROIAlign on one CPU thread: `taskset -c 0 python run.py`."""
+"""Suppression and ROIAlign on one thread of a CPU, beside torchvision's operators.
+
+    pip install torch torchvision
+    taskset -c 0 python experiments/detection_ops/run.py
+
+Both in one process, in turn, with the same boxes and features; first it is shown that both give
+the same. Prints the table as Markdown.
+"""
 
 import os
+import statistics
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+import torchvision.ops
 
 from cvjax.detection.nms import nms
 from cvjax.detection.roi_align import roi_align
 
+ROUNDS = 7
+STRIDE = 4  # of the map of 160 x 200
 
-def milliseconds(function, *arguments, runs: int) -> float:
-    """The least of `runs` calls, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
+
+def milliseconds(sides: list[Callable]) -> list[list[float]]:
+    """Of each side, the time of a call in each round."""
+    for call in sides:
+        call()
+    times = [[] for _ in sides]
+    for _ in range(ROUNDS):
+        for call, found in zip(sides, times, strict=True):
+            start = time.perf_counter()
+            call()
+            found.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def row(name: str, ours: Callable, theirs: Callable) -> None:
+    """Prints one row of the table."""
+    first, second = milliseconds([ours, theirs])
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    print(
+        f"| {name} | {statistics.median(first):.3g} | {statistics.median(second):.3g} | "
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}) |",
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Prints one line for each operation."""
+    """Prints one row for each operation."""
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
+    print("| operation | ours, ms | torchvision, ms | ratio (range) |\n|---|---|---|---|")
     for count in (1000, 4000):
         low = rng.uniform(0, 600, (count, 2))
-        boxes = np.concatenate([low, low + rng.uniform(10, 200, (count, 2))], 1)
-        boxes, scores = jnp.asarray(boxes, jnp.float32), jnp.asarray(rng.random(count), jnp.float32)
+        boxes = np.concatenate([low, low + rng.uniform(10, 200, (count, 2))], 1).astype(np.float32)
+        scores = rng.random(count, np.float32)
         keep = jax.jit(lambda b, s: nms(b, s, iou_threshold=0.5, max_outputs=100))
-        print(
-            f"NMS {count} -> 100: {milliseconds(keep, boxes, scores, runs=20):.2f} ms", flush=True
+        ours, theirs = jax.device_put((boxes, scores)), (torch.tensor(boxes), torch.tensor(scores))
+        best = torchvision.ops.nms(*theirs, 0.5)[:100].numpy()
+        np.testing.assert_array_equal(np.asarray(keep(*ours).index), best)
+        row(
+            f"NMS, {count} boxes -> 100",
+            lambda keep=keep, given=ours: jax.block_until_ready(keep(*given)),
+            lambda given=theirs: torchvision.ops.nms(*given, 0.5)[:100],
         )
-    features = jnp.asarray(rng.normal(size=(1, 160, 200, 256)), jnp.float32)
-    rois = boxes[None, :1000]
-    align = jax.jit(lambda f: roi_align([f], rois, strides=(4,), output_size=(7, 7)))
-    print(f"ROIAlign forward: {milliseconds(align, features, runs=2):.0f} ms", flush=True)
-    back = jax.jit(jax.grad(lambda f: jnp.sum(align(f) ** 2)))
-    print(
-        f"ROIAlign forward and backward: {milliseconds(back, features, runs=1):.0f} ms", flush=True
-    )
+
+    features = rng.normal(size=(1, 160, 200, 256)).astype(np.float32)
+    rois = boxes[:1000]
+
+    def align(features: jax.Array) -> jax.Array:
+        return roi_align(
+            [features], rois[None], strides=(STRIDE,), output_size=(7, 7), samples=2, aligned=True
+        )
+
+    def torch_align(features: torch.Tensor) -> torch.Tensor:
+        return torchvision.ops.roi_align(
+            features, [torch.tensor(rois)], 7, spatial_scale=1 / STRIDE, sampling_ratio=2,
+            aligned=True,
+        )  # fmt: skip
+
+    x = jnp.asarray(features)
+    y = torch.tensor(features).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    weight = rng.normal(size=(1, 1000, 7, 7, 256)).astype(np.float32)
+    weights = torch.tensor(weight[0]).permute(0, 3, 1, 2).contiguous()
+    forward = jax.jit(align)
+    both = jax.jit(jax.value_and_grad(lambda x: jnp.sum(align(x) * weight)))
+
+    def torch_both() -> torch.Tensor:
+        y.grad = None
+        (torch_align(y) * weights).sum().backward()
+        return y.grad
+
+    def torch_forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return torch_align(y)
+
+    # Sums of some thousand products in another order.
+    np.testing.assert_allclose(forward(x)[0], torch_forward().permute(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(both(x)[1], torch_both().permute(0, 2, 3, 1), atol=2e-3)
+    row("ROIAlign", lambda: jax.block_until_ready(forward(x)), torch_forward)
+    row("ROIAlign and its gradient", lambda: jax.block_until_ready(both(x)), torch_both)
 
 
 if __name__ == "__main__":
