@@ -59,6 +59,16 @@ def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | 
     return xp.pad(picture, ((0, padding), (0, padding), (0, 0)))
 
 
+def in_colour(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Images [..., c] of any number of channels as [..., 3]; also inside `jit`.
+
+    Of other than one or three channels the first three are shown, or of two the first.
+    """
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
+    xp = np if isinstance(images, np.ndarray) else jnp
+    return xp.broadcast_to(images, (*images.shape[:-1], 3))
+
+
 def boxes(
     image: ArrayLike, boxes: ArrayLike, labels: ArrayLike | None = None, width: int = 1
 ) -> np.ndarray:

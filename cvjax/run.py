@@ -103,6 +103,7 @@ def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
         check_num_classes(
             configs.save_json(config).get("task", {}), data.get(name), f"config.data.{name}"
         )
+    check_class_names(data["train"], data.get("test"))
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
     loader["eval_transforms"] = tuple((loader.pop("test_transforms", None) or {}).values())
@@ -158,6 +159,21 @@ def check_num_classes(task: Any, source: Any, where: str, path: str = "config.ta
                 f"set --{path}.num_classes={len(classes)}"
             )
         check_num_classes(value, source, where, f"{path}.{name}")
+
+
+def check_class_names(train: Any, test: Any) -> None:
+    """Raises InputError where a class has another number among held-out examples.
+
+    So it happens when a folder of a class is missing. Sets with no class in common are fine.
+    """
+    ours, theirs = (list(getattr(source, "class_names", None) or ()) for source in (train, test))
+    for name in ours:
+        if name in theirs and ours.index(name) != theirs.index(name):
+            raise InputError(
+                f"config.data.test: {name!r} is class {theirs.index(name)} of {len(theirs)}, but "
+                f"{ours.index(name)} of {len(ours)} in config.data.train: both must have the same "
+                "classes"
+            )
 
 
 def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:

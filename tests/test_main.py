@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import main
 from cvjax.errors import InputError
-from cvjax.run import load_run
+from cvjax.run import check_class_names, load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
 
@@ -115,6 +116,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     assert code == 2
     assert len(error) == 1 and message in error[0], error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_class_has_the_same_number_among_held_out_examples():
+    def source(*names):
+        return SimpleNamespace(class_names=names)
+
+    train = source("cat", "dog", "owl")
+    for test in (train, source("cat", "dog"), source("ant", "bee"), source(), None):
+        check_class_names(train, test)
+    with pytest.raises(InputError, match="'owl' is class 1 of 2, but 2 of 3 in config.data.train"):
+        check_class_names(train, source("cat", "owl"))
 
 
 def test_debug_shows_the_traceback():

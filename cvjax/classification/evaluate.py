@@ -1,6 +1,7 @@
 """Evaluators of a classifier that need the whole set: confusion, calibration, average precision.
 
-Each takes what `Classification.predict` gives, batch by batch, and leaves out what is not valid.
+Each takes what `Classification.predict` gives, batch by batch, and leaves out what is not valid. Of
+soft labels, [b, classes], the first two take the most probable class, as the accuracy does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ class Confusion:
     def __init__(self, class_names: Sequence[str] | None = None, mistakes: int = 30):
         """Names are numbers when there are none; `mistakes` is how many are shown.
 
-        Raises InputError (of `add`, too: for another number of names than of classes).
+        Raises InputError (of `add`, too: for another number of names than of classes, and for a
+        label that is no class).
         """
         if mistakes < 0:
             raise InputError(f"mistakes is {mistakes}; it cannot be negative")
@@ -40,8 +42,8 @@ class Confusion:
         """Takes `probabilities` [b, classes]; of the batch `label` int [b], `image`, `valid`."""
         valid = np.asarray(batch["valid"])
         probabilities = np.asarray(outputs["probabilities"])[valid]
-        label, image = np.asarray(batch["label"])[valid], np.asarray(batch["image"])[valid]
-        classes = probabilities.shape[-1]
+        image, classes = np.asarray(batch["image"])[valid], probabilities.shape[-1]
+        label = _number(np.asarray(batch["label"])[valid], classes, "Confusion")
         if self.matrix is None:
             if self.class_names and len(self.class_names) != classes:
                 raise InputError(
@@ -77,11 +79,15 @@ class Confusion:
         if self.matrix is None or not self.matrix.any():
             return {}
         rows = self.matrix / np.maximum(self.matrix.sum(1, keepdims=True), 1)
-        cells = rows[..., None, None, None] * np.ones((16, 16, 1))
-        found = {"confusion": draw.grid(cells.reshape(-1, 16, 16, 1), columns=len(rows))}
+        # Some thousand pixels wide at most, or one for each class; lines where there is room.
+        side = max(1, min(16, 1024 // len(rows)))
+        cells = np.broadcast_to(rows[..., None, None, None], (*rows.shape, side, side, 1))
+        cells = cells.reshape(-1, side, side, 1)
+        picture = draw.grid(cells, columns=len(rows), padding=int(side > 4))
+        found = {"confusion": picture}
         if self._worst:
             images = np.stack([image for _, _, image in self._worst])
-            found["mistakes"] = draw.grid(np.clip(images, 0, 1))
+            found["mistakes"] = draw.grid(np.clip(draw.in_colour(images), 0, 1))
         return found
 
 
@@ -102,10 +108,15 @@ class Calibration:
         self._labels: list[np.ndarray] = []
 
     def add(self, outputs: Arrays, batch: Arrays) -> None:
-        """Takes `logits` [b, classes]; of the batch `label` int [b] and `valid`."""
+        """Takes `logits` [b, classes]; of the batch `label` int [b] and `valid`.
+
+        Raises InputError for a label that is no class.
+        """
         valid = np.asarray(batch["valid"])
-        self._logits.append(np.asarray(outputs["logits"], np.float64)[valid])
-        self._labels.append(np.asarray(batch["label"])[valid])
+        logits = np.asarray(outputs["logits"], np.float64)[valid]
+        label = np.asarray(batch["label"])[valid]
+        self._logits.append(logits)
+        self._labels.append(_number(label, logits.shape[-1], "Calibration"))
 
     def result(self) -> dict[str, float]:
         """The metrics; {} when nothing was added."""
@@ -148,6 +159,27 @@ class MeanAveragePrecision:
         present = np.flatnonzero(targets.any(0))
         each = [average_precision_score(targets[:, i], scores[:, i]) for i in present]
         return {"map": float(np.mean(each))} if each else {}
+
+
+def _number(label: np.ndarray, classes: int, evaluator: str) -> np.ndarray:
+    """The class of each example, int [n], of labels int [n] or soft, [n, classes]."""
+    if label.ndim == 2 and label.shape[-1] == classes:
+        if not np.allclose(label.sum(-1), 1, atol=1e-3):
+            raise InputError(
+                f"{evaluator}: the labels of an image must sum to 1: exclusive classes"
+            )
+        return label.argmax(-1)
+    if label.ndim != 1 or label.dtype.kind not in "iu":
+        raise InputError(
+            f"{evaluator}: label is {label.dtype} {list(label.shape)}; it must be a whole number "
+            f"for each image, or a probability for each of {classes} classes"
+        )
+    wrong = label[(label < 0) | (label >= classes)]
+    if wrong.size:
+        raise InputError(
+            f"{evaluator}: there is the label {wrong[0]}, but the classes are 0..{classes - 1}"
+        )
+    return label
 
 
 def expected_calibration_error(

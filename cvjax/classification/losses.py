@@ -2,16 +2,19 @@
 
 Targets of exclusive classes are distributions (one-hot, smoothed or mixed: rows sum to 1); those of
 labels that do not exclude each other are probabilities in [0, 1], each for itself. Everything is
-computed in float32. Settings are bound with `functools.partial`, or by a config.
+computed in float32. Settings are bound with `functools.partial`, or by a config; another number of
+weights than of classes is an InputError.
 
     y   targets            p   probabilities of the model
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from cvjax.errors import InputError
 
 
 def softmax_cross_entropy(
@@ -21,7 +24,7 @@ def softmax_cross_entropy(
 
     The mean over a batch is that over its examples, not (as in torch) over their weights.
     """
-    targets = _weighted(targets, class_weights)
+    targets = _weighted(targets, "class_weights", class_weights)
     return -jnp.sum(_times_log(targets, jax.nn.log_softmax(logits.astype(jnp.float32))), axis=-1)
 
 
@@ -37,7 +40,7 @@ def softmax_focal(
     T.-Y. Lin et al., Focal Loss (https://arxiv.org/abs/1708.02002), equation 4, for a softmax.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    targets = _weighted(targets, class_weights)
+    targets = _weighted(targets, "class_weights", class_weights)
     weights = targets * _power(-jnp.expm1(log_p), gamma)
     return -jnp.sum(_times_log(weights, log_p), axis=-1)
 
@@ -55,9 +58,9 @@ def sigmoid_cross_entropy(
     and the positive weights v (1 when there are none); v > 1 raises recall, v < 1 precision.
     """
     logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
-    positive = _weighted(targets, positive_weights) * jax.nn.log_sigmoid(logits)
+    positive = _weighted(targets, "positive_weights", positive_weights) * jax.nn.log_sigmoid(logits)
     negative = (1 - targets) * jax.nn.log_sigmoid(-logits)
-    return -jnp.mean(_weighted(positive + negative, class_weights), axis=-1)
+    return -jnp.mean(_weighted(positive + negative, "class_weights", class_weights), axis=-1)
 
 
 def sigmoid_focal(
@@ -90,6 +93,18 @@ def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[
     return tuple(weight * scale for weight in weights)
 
 
+def class_balanced(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    counts: Sequence[int],
+    beta: float = 0.999,
+    loss_function: Callable[..., jax.Array] = softmax_cross_entropy,
+) -> jax.Array:
+    """A loss that takes `class_weights`, with `class_balanced_weights(counts, beta)`, [b]."""
+    return loss_function(logits, targets, class_weights=class_balanced_weights(counts, beta))
+
+
 def distillation(
     logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
@@ -103,9 +118,15 @@ def distillation(
     return temperature**2 * jnp.sum(_times_log(jnp.exp(log_q), log_q - log_p), axis=-1)
 
 
-def _weighted(values: jax.Array, weights: Sequence[float] | None) -> jax.Array:
+def _weighted(values: jax.Array, name: str, weights: Sequence[float] | None) -> jax.Array:
     values = values.astype(jnp.float32)
-    return values if weights is None else values * jnp.asarray(weights, jnp.float32)
+    if weights is None:
+        return values
+    if len(weights) != values.shape[-1]:
+        raise InputError(
+            f"{name} has {len(weights)} numbers, but there are {values.shape[-1]} classes"
+        )
+    return values * jnp.asarray(weights, jnp.float32)
 
 
 def _times_log(weight: jax.Array, log_p: jax.Array) -> jax.Array:

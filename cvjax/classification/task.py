@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cvjax import draw
@@ -89,6 +90,21 @@ class Classification:
         """One, for the group "model"."""
         return (Objective("model", self.loss),)
 
+    def check(self, batch: Batch) -> None:
+        """Raises InputError for a batch on the host without labels, or with one that is no class.
+
+        The latter where the model says how many there are, by a field `num_classes`.
+        """
+        if "label" not in batch:
+            raise InputError(f"Classification needs a field label; there are: {', '.join(batch)}")
+        label = np.asarray(batch["label"])[batch["valid"]]
+        classes = getattr(self.model, "num_classes", 0)
+        if label.ndim == 1 and classes and (wrong := label[(label < 0) | (label >= classes)]).size:
+            raise InputError(
+                f"label is {wrong[0]} in the first batch, but num_classes is {classes}: classes "
+                f"are 0..{classes - 1}"
+            )
+
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections; also the teacher's."""
         params_rng, dropout_rng = jax.random.split(rng)
@@ -167,7 +183,7 @@ class Classification:
     ) -> dict[str, jax.Array]:
         """Returns the 30 images with the highest loss, worst first, framed green or red.
 
-        Green: named rightly; red: wrongly; invalid ones are black. Images have 1 or 3 channels.
+        Green: named rightly; red: wrongly; invalid ones are black. Channels as `draw.in_colour`.
         """
         logits = self._logits(params, model_state, batch)
         valid = jnp.asarray(batch["valid"])
@@ -178,7 +194,7 @@ class Classification:
         images = jnp.where(valid[:, None, None, None], jnp.asarray(batch["image"])[worst], 0.0)
 
         n, height, width, _ = images.shape
-        images = jnp.broadcast_to(images, (n, height, width, 3))
+        images = draw.in_colour(images)
         color = jnp.where(right[:, None], jnp.array(GREEN), jnp.array(RED))
         color = jnp.where(valid[:, None], color, jnp.array(BLACK))[:, None, None, :]
         frame = max(1, min(height, width) // 16)
@@ -221,9 +237,14 @@ def _target(batch: Batch, classes: int) -> jax.Array:
     """What is to be learnt, [b, classes]: one-hot, or what is given; zeros where not valid.
 
     NaN where the label is no class: a row of zeros would be learnt as nothing, and nobody would
-    know.
+    know. Raises InputError for labels of another shape, which would be repeated for each class.
     """
     label, valid = batch["label"], batch["valid"][:, None]
+    if label.ndim != 1 and label.shape[1:] != (classes,):
+        raise InputError(
+            f"label is {list(label.shape)}; for {classes} classes it must be [{len(label)}], a "
+            f"number for each image, or [{len(label)}, {classes}], a probability for each class"
+        )
     if label.ndim == 1:
         is_class = (label >= 0) & (label < classes)
         label = jnp.where(is_class[:, None], jax.nn.one_hot(label, classes), jnp.nan)

@@ -75,6 +75,8 @@ class MobileNetV3(nn.Module):
       size: "large" or "small".
       num_classes: length of the logits.
       width: factor of all numbers of channels, which stay multiples of 8; the paper has also 0.75.
+        As in the authors' code a block expands what comes in by the ratio that it has at width 1,
+        and the layer before the last never becomes narrower (torchvision scales both).
       blocks: rows in place of those of `size`.
       padding: "symmetric" as in torchvision, or "same" for weights trained with TensorFlow.
       epsilon: of the norms; timm's own weights (without tf_) have 1e-5.
@@ -131,13 +133,18 @@ class MobileNetV3(nn.Module):
             nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
         )
         rates = drop_rates(self.stochastic_depth, len(rows))
+        before = [STEM, *(row.features for row in rows)]  # channels that come in, at width 1
+        expanded = [
+            divisible(divisible(channels * self.width) * row.expanded / channels)
+            for channels, row in zip(before, rows, strict=False)
+        ]
         self.block = [
             make_block(
                 features=divisible(row.features * self.width),
-                expanded=divisible(row.expanded * self.width),
+                expanded=inner,
                 kernel=row.kernel,
                 stride=row.stride,
-                squeeze=row.squeeze and divisible(divisible(row.expanded * self.width) // 4),
+                squeeze=row.squeeze and divisible(inner // 4),
                 activation=nn.hard_swish if row.hard_swish else nn.relu,
                 squeeze_activation=nn.relu,
                 gate=nn.hard_sigmoid,
@@ -147,11 +154,11 @@ class MobileNetV3(nn.Module):
                 drop_rate=rate,
                 dtype=self.dtype,
             )
-            for row, rate in zip(rows, rates, strict=True)
+            for row, inner, rate in zip(rows, expanded, rates, strict=True)
         ]
         self.head_conv = conv(6 * divisible(rows[-1].features * self.width), 1)
         self.head_norm = norm()
-        self.head_hidden = nn.Dense(divisible(SIZES[self.size][1] * self.width))
+        self.head_hidden = nn.Dense(divisible(SIZES[self.size][1] * max(1, self.width)))
         self.head_dropout = nn.Dropout(self.dropout)
         self.head = nn.Dense(self.num_classes)
 

@@ -83,7 +83,8 @@ def load_pretrained(
 
     Args:
       params: {group: pytree}.
-      model_state: the other collections; of these `batch_stats` is set.
+      model_state: the other collections; of these `batch_stats` is set, or that of the group where
+        each group has its own, as a teacher has.
       path: see `read_weights`.
       at: where in `params` the network is that the file is of, like "model", for a backbone or a
         whole detector, or "model/backbone".
@@ -92,7 +93,9 @@ def load_pretrained(
       InputError: there is nothing at `at`; and as `load_variables`.
     """
     group, *inner = at.split("/")
-    state_path = ("batch_stats", *inner)
+    # Where there are several networks, each has its collections under the name of its group.
+    own = (group,) if _has(model_state, (group,)) else ()
+    state_path = (*own, "batch_stats", *inner)
     variables = {"params": _at(params, (group, *inner), at)}
     has_statistics = _has(model_state, state_path)
     if has_statistics:
@@ -173,7 +176,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         case ".safetensors":
             try:
                 return safetensors.numpy.load_file(file)
-            except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
+            except (
+                safetensors.SafetensorError, KeyError, TypeError, AttributeError, OSError,
+            ) as error:  # fmt: skip  # AttributeError: numbers of a type that numpy does not have
                 raise InputError(f"{file} cannot be read: {error}") from error
         case ".npz":
             try:
@@ -185,7 +190,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 ) from error
         case ".pth" | ".pt" | ".bin":
             try:
-                return state_dict(read_torch(file))
+                return state_dict(read_torch(file), file)
             except OSError as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
     raise InputError(f"{file} must be a .safetensors, .pth, .pt, .bin or .npz file")

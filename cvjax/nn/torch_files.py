@@ -347,13 +347,15 @@ def _storage(description: Any) -> _Storage:
     return _Storage(key, dtype, 0, length)
 
 
-def state_dict(root: Any) -> dict[str, np.ndarray]:
-    """The weights in what was read: the dictionary itself, or where training scripts put it.
+def state_dict(root: Any, path: Path) -> dict[str, np.ndarray]:
+    """The weights in what was read: where training scripts put them, or the dictionary itself.
 
-    Raises InputError when there are none.
+    In this order: beside the weights there may be other tensors, the best accuracy for example.
+
+    Raises InputError, which names the file, when there are none.
     """
     wrappers = ("state_dict", "model", "model_state_dict", "model_state", "model_ema", "net")
-    for candidate in [root, *(root.get(name) for name in wrappers if isinstance(root, dict))]:
+    for candidate in [*(root.get(name) for name in wrappers if isinstance(root, dict)), root]:
         if isinstance(candidate, dict):
             arrays = {
                 name.removeprefix("module."): value  # of torch's DataParallel
@@ -363,4 +365,4 @@ def state_dict(root: Any) -> dict[str, np.ndarray]:
             if arrays:
                 return arrays
     found = ", ".join(map(str, list(root)[:5])) if isinstance(root, dict) else type(root).__name__
-    raise InputError(f"there is no dictionary of weights in the file, but: {found}")
+    raise InputError(f"{path} has no dictionary of weights, but: {found}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
@@ -59,6 +60,22 @@ class Segmentation:
     def objectives(self) -> Sequence[Objective]:
         """One: the weighted sum of the losses, for the group "model"."""
         return (Objective("model", self.loss),)
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError for a batch on the host without masks, or with a class too many.
+
+        The latter where the model's head says how many there are, by a field `num_classes`.
+        """
+        if "mask" not in batch:
+            raise InputError(f"Segmentation needs a field mask; there are: {', '.join(batch)}")
+        mask = np.asarray(batch["mask"])[batch["valid"]]
+        classes = getattr(getattr(self.model, "head", None), "num_classes", 0)
+        wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= classes))]
+        if classes and wrong.size:
+            raise InputError(
+                f"mask has the class {wrong[0]} in the first batch, but num_classes is {classes}: "
+                f"classes are 0..{classes - 1}, and {IGNORE} where a pixel does not count"
+            )
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""
@@ -117,7 +134,7 @@ class Segmentation:
         """Returns the first 12 images, each beside its truth and the prediction, in one picture.
 
         The same ones at every evaluation: one sees how they are learned. A row of the batch that is
-        not valid is black. Images have 1 or 3 channels.
+        not valid is black. Channels as `draw.in_colour`.
         """
         batch = {name: jnp.asarray(batch[name])[:SHOWN] for name in ("image", "mask", "valid")}
         logits = self.logits(params, model_state, batch["image"], batch["valid"])
@@ -181,7 +198,7 @@ def side_by_side(logits: jax.Array, batch: Batch) -> jax.Array:
     logits = logits[:SHOWN]
     valid = jnp.asarray(batch["valid"])[:, None, None]
     images = jnp.where(valid[..., None], jnp.clip(jnp.asarray(batch["image"]), 0.0, 1.0), 0.0)
-    images = jnp.broadcast_to(images, (*images.shape[:3], 3))
+    images = draw.in_colour(images)
     truth = jnp.where(valid, batch["mask"], 0)
     prediction = jnp.where(valid, jnp.argmax(logits, axis=-1), 0)
     panels = [images, draw.paint_classes(images, truth), draw.paint_classes(images, prediction)]

@@ -178,6 +178,29 @@ def test_a_label_that_is_no_class_is_not_passed_over():
         assert np.isnan(take_step(task, params, model_state, batch)[0][0])
 
 
+def test_labels_are_looked_at_before_training():
+    task, batch = Classification(RESNET), batch_of(3)
+    task.check(batch)
+    task.check({**batch, "label": np.eye(CLASSES)[:3]})
+    for label in (-1, CLASSES):
+        labels = np.array([0, label, 1])
+        with pytest.raises(InputError, match=f"label is {label} .* num_classes is 4: .* 0..3"):
+            task.check({**batch, "label": labels})
+        task.check({**batch, "label": labels, "valid": labels != label})
+    with pytest.raises(InputError, match="needs a field label; there are: image, valid"):
+        task.check({name: batch[name] for name in ("image", "valid")})
+
+
+def test_labels_in_a_column_are_refused():
+    """As Keras has them: [b, 1] would be taken for the probability of every class."""
+    task, batch = Classification(Linear()), batch_of(3)
+    params, model_state = task.init(jax.random.key(0), batch)
+    batch["label"] = batch["label"][:, None]
+    for call in (take_step, lambda *args: task.evaluate(*args[1:], jax.random.key(0))):
+        with pytest.raises(InputError, match=r"label is \[3, 1\]; .* must be \[3\].* \[3, 4\]"):
+            call(task, params, model_state, batch)
+
+
 def test_training_moves_the_statistics_and_evaluation_does_not():
     task = Classification(RESNET)
     batch = batch_of(4)
@@ -188,7 +211,7 @@ def test_training_moves_the_statistics_and_evaluation_does_not():
     assert (new_state["batch_stats"]["stem_norm"]["mean"] != 0).all()
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_the_worst_come_first_and_are_framed(channels):
     task = Classification(Linear())
     batch = batch_of(3, channels)
@@ -204,7 +227,8 @@ def test_the_worst_come_first_and_are_framed(channels):
     assert picture.min() >= 0 and picture.max() <= 1
     wrong, right, invalid = (picture[1:12, 1 + 12 * i : 12 + 12 * i] for i in range(3))
     for cell, image in ((wrong, batch["image"][1]), (right, batch["image"][0])):
-        np.testing.assert_allclose(cell[1:-1, 1:-1], np.broadcast_to(image, (9, 9, 3)), rtol=1e-6)
+        shown = np.broadcast_to(image[..., : 3 if channels >= 3 else 1], (9, 9, 3))
+        np.testing.assert_allclose(cell[1:-1, 1:-1], shown, rtol=1e-6)
     assert wrong[0, 0, 0] > wrong[0, 0, 1] and right[0, 0, 1] > right[0, 0, 0]
     assert not invalid.any()
 

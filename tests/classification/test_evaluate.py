@@ -57,6 +57,15 @@ def test_the_worst_mistakes_come_first():
         np.testing.assert_array_equal(picture[1:7, 1 + 6 * place : 6 * place + 6], IMAGES[row])
 
 
+def test_mistakes_among_images_of_many_channels_are_shown_by_their_first_three():
+    evaluator = Confusion(mistakes=1)
+    image = np.arange(4 * 3 * 5, dtype=np.float32).reshape(1, 4, 3, 5) / 60
+    outputs = {"probabilities": np.array([[0.9, 0.1]])}
+    evaluator.add(outputs, {"label": np.array([1]), "image": image, "valid": np.ones(1, bool)})
+    picture = evaluator.pictures()["mistakes"]
+    np.testing.assert_array_equal(picture[1:-1, 1:-1], image[0, ..., :3])
+
+
 def test_without_mistakes_there_is_no_picture_of_them():
     evaluator = batches(Confusion(), labels=LOGITS.argmax(-1))
     assert set(evaluator.pictures()) == {"confusion"}
@@ -140,3 +149,35 @@ def test_settings_of_evaluators_that_make_no_sense():
         with pytest.raises(InputError, match=f"{len(names)} names, but there are 4 classes"):
             batches(Confusion(names))
     assert "mistakes" not in batches(Confusion(mistakes=0)).pictures()
+
+
+@pytest.mark.parametrize("evaluator", [Confusion, Calibration])
+def test_a_label_that_is_no_class_is_refused(evaluator):
+    """-1 would be the last class."""
+    for label, message in (
+        (-1, "there is the label -1, but the classes are 0..3"),
+        (4, "there is the label 4"),
+    ):
+        with pytest.raises(InputError, match=f"{evaluator.__name__}: {message}"):
+            batches(evaluator(), labels=np.where(np.arange(50) == 7, label, LABELS))
+    for labels, message in (
+        (np.ones((50, 4)), "must sum to 1"),
+        (LABELS[:, None], r"label is int64 \[16, 1\]"),
+        (LABELS + 0.5, "label is float64"),
+    ):
+        with pytest.raises(InputError, match=f"{evaluator.__name__}: .*{message}"):
+            batches(evaluator(), labels=labels)
+
+
+def test_soft_labels_are_their_most_probable_class():
+    soft = 0.9 * np.eye(4, dtype=np.float32)[LABELS] + 0.025
+    np.testing.assert_array_equal(
+        batches(Confusion(), labels=soft).matrix, batches(Confusion()).matrix
+    )
+    assert batches(Calibration(), labels=soft).result() == batches(Calibration()).result()
+
+
+def test_the_picture_of_a_thousand_classes_is_no_larger_than_they_need():
+    evaluator = Confusion()
+    evaluator.matrix = np.eye(1000, dtype=np.int64)
+    assert evaluator.pictures()["confusion"].shape == (1000, 1000, 1)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.build import build
 from cvjax.classification import losses
+from cvjax.errors import InputError
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(0, 3, (6, 4))
@@ -160,3 +162,28 @@ def test_a_teacher_may_rule_a_class_out():
     # KL of (1, 0) from (p, 1 - p) is -log p.
     found = losses.distillation(logits, taught)[0]
     np.testing.assert_allclose(found, np.log1p(np.e), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(2.0,), (1.0, 2.0, 3.0)])
+def test_another_number_of_weights_than_of_classes_is_refused(weights):
+    """One weight would be taken for all classes."""
+    logits, y = jnp.float32(LOGITS), jnp.float32(SOFT)
+    for loss in (losses.softmax_cross_entropy, losses.softmax_focal, losses.sigmoid_cross_entropy):
+        with pytest.raises(InputError, match=f"class_weights has {len(weights)} numbers"):
+            loss(logits, y, class_weights=weights)
+    with pytest.raises(InputError, match="positive_weights has"):
+        losses.sigmoid_cross_entropy(logits, y, positive_weights=weights)
+
+
+def test_a_config_names_the_class_balanced_loss():
+    counts, name = (1, 10, 100, 3), "classification.losses."
+    config = {"type": f"{name}class_balanced", "counts": list(counts), "beta": 0.9}
+    weights = losses.class_balanced_weights(counts, 0.9)
+    logits, y = jnp.float32(LOGITS), jnp.float32(SOFT)
+    for other in ("softmax_cross_entropy", "softmax_focal", "sigmoid_cross_entropy"):
+        loss = build(config | {"loss_function": {"type": name + other}})
+        expected = getattr(losses, other)(logits, y, class_weights=weights)
+        np.testing.assert_array_equal(loss(logits, y), expected)
+    np.testing.assert_array_equal(
+        build(config)(logits, y), losses.softmax_cross_entropy(logits, y, class_weights=weights)
+    )

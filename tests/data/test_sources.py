@@ -11,6 +11,8 @@ from cvjax.data.sources import example_id
 from cvjax.data.sources.arrays import Arrays, Npz
 from cvjax.data.sources.digits import Digits, ScikitDigits, digits
 from cvjax.data.sources.folder import Folder
+from cvjax.data.sources.instances import read_image
+from cvjax.data.sources.masks import PairReader
 from cvjax.errors import InputError
 
 
@@ -291,6 +293,22 @@ def test_jpegs_of_other_kinds_are_those_of_pillow_too(tmp_path):
         np.testing.assert_array_equal(Folder(tmp_path)[number]["image"], expected)
         with pytest.raises(ValueError, match=r"header claims 40 x 24 pixels"):
             Folder(tmp_path, max_pixels=959)[number]
+
+
+def test_of_16_bits_the_higher_8_are_kept(tmp_path):
+    """Pillow alone would make white of all above 255."""
+    levels = np.arange(0, 2**16, 61, np.uint16)[:1024].reshape(16, 64)
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "a" / "0.png"
+    Image.fromarray(levels).save(file)
+    Image.fromarray(np.uint8(levels >> 8)).save(tmp_path / "a" / "1.png")
+    for options in ({}, {"channels": 1}, {"image_size": 8}):
+        sixteen, eight = (example["image"] for example in Folder(tmp_path, **options))
+        np.testing.assert_array_equal(sixteen, eight)
+    read = read_image(file, 1, 2**20)
+    np.testing.assert_array_equal(read[..., 0], levels >> 8)
+    pair = PairReader(channels=1).read(file, tmp_path / "a" / "1.png")
+    np.testing.assert_array_equal(pair["image"][..., 0], levels >> 8)
 
 
 def test_folders_that_cannot_be_used(tmp_path):

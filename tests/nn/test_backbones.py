@@ -47,6 +47,8 @@ PUBLISHED = [
     (EfficientNet("lite4"), 13_006_568),
     (MobileNetV3("large"), 5_483_032),
     (MobileNetV3("small"), 2_542_856),
+    (MobileNetV3("large", width=0.75), 3_993_528),
+    (MobileNetV3("small", width=0.75), 2_041_872),
     (ViT("ti"), 5_717_416),
     (ViT("s"), 22_050_664),
     (ViT("b"), 86_567_656),

@@ -137,6 +137,23 @@ def test_a_backbone_inside_of_a_model(at, tmp_path):
         load_pretrained(params, state, path=tmp_path / "weights.npz", at="model/backbon")
 
 
+@pytest.mark.parametrize("at", ["model", "teacher"])
+def test_a_teacher_gets_its_own_statistics(at, tmp_path):
+    np.savez(tmp_path / "weights.npz", **theirs())
+    model = ResNet(num_classes=5, **SMALL)
+    task = Classification(model, teacher=model)
+    batch = {"image": np.zeros((1, 32, 32, 3)), "valid": np.ones(1, bool)}
+    shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+    params, state = jax.tree.map(lambda leaf: np.full(leaf.shape, 9, leaf.dtype), shapes)
+    new, new_state, table = load_pretrained(params, state, path=tmp_path / "weights.npz", at=at)
+    assert all(status == "no weight" for status in statuses(table).values())
+    for group, statistics in (("model", new_state), ("teacher", new_state["teacher"])):
+        found = [
+            new[group]["stem_conv"]["kernel"], statistics["batch_stats"]["stem_norm"]["mean"]
+        ]  # fmt: skip
+        assert [not (array == 9).any() for array in found] == 2 * [group == at]
+
+
 def test_files_that_cannot_be_used_say_why(tmp_path):
     for name, content, message in (
         ("nowhere.pth", None, "there is no file of weights"),
@@ -149,6 +166,11 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_weights(tmp_path / name)
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    content = len(header).to_bytes(8, "little") + header + b"x"
+    (tmp_path / "eight.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"eight\.safetensors cannot be read"):
+        read_weights(tmp_path / "eight.safetensors")
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
     with pytest.raises(InputError, match="cannot be read"):
         read_weights(tmp_path / "objects.npz")

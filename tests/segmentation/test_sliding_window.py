@@ -53,6 +53,13 @@ def test_windows_reach_both_ends_and_leave_no_gap(overlap):
             assert all(b - a <= window for a, b in itertools.pairwise(starts))
 
 
+def test_the_next_window_sees_again_as_much_as_asked_for():
+    for window in (10, 500):
+        for tenths in range(10):
+            step = _starts(3 * window, window, tenths / 10)[1]
+            assert step == max(1, window * (10 - tenths) // 10)
+
+
 def test_a_small_image_goes_on_as_its_edge():
     seen = []
 

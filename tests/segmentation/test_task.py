@@ -153,6 +153,21 @@ def test_a_label_that_is_no_class_is_not_passed_over():
     assert np.isnan(result[0])
 
 
+def test_masks_are_looked_at_before_training():
+    task, batch = Segmentation(NETWORK), batch_of(3)
+    task.check(batch)
+    for label in (-1, CLASSES):
+        mask = np.int32(batch["mask"])
+        mask[1, 2, 3] = label
+        with pytest.raises(
+            InputError, match=f"class {label} .* num_classes is 3: .* 0..2, and 255"
+        ):
+            task.check({**batch, "mask": mask})
+        task.check({**batch, "mask": mask, "valid": np.array([True, False, True])})
+    with pytest.raises(InputError, match="needs a field mask; there are: image, valid"):
+        task.check({name: batch[name] for name in ("image", "valid")})
+
+
 def test_a_large_image_is_predicted_in_windows():
     params, model_state = initialized(Linear())
     logits = functools.partial(Segmentation(Linear()).logits, params, model_state)
@@ -161,7 +176,7 @@ def test_a_large_image_is_predicted_in_windows():
     np.testing.assert_allclose(found, logits(image)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 5])
 def test_pictures_have_image_truth_and_prediction_side_by_side(channels):
     task = Segmentation(Linear())
     batch = batch_of(4, channels)
@@ -173,7 +188,7 @@ def test_pictures_have_image_truth_and_prediction_side_by_side(channels):
     assert picture.min() >= 0 and picture.max() <= 1
     cells = [picture[2:7, 2 + 23 * i : 23 + 23 * i] for i in range(3)]
     assert not cells[2].any()
-    image = np.broadcast_to(batch["image"][1], (5, 7, 3))
+    image = np.broadcast_to(batch["image"][1, ..., : 3 if channels >= 3 else 1], (5, 7, 3))
     prediction = task.predict(params, model_state, batch, None)["prediction"][1]
     expected = [
         image,

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cvjax.data.sources import Example
+from cvjax.data.sources.pictures import upright
 from cvjax.errors import InputError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Folder:
 
     The sorted names of the sub-folders are the classes, and inside each, at any depth, the files
     are taken in sorted order; hidden files and folders of classes are passed over. A photograph is
-    turned upright as its EXIF orientation says.
+    turned upright as its EXIF orientation says; of grey levels of 16 bits the higher 8 are kept.
     Records: image uint8 [height, width, channels]; label int32.
 
     Attributes:
@@ -43,7 +43,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         root = pathlib.Path(self.path).expanduser()
-        if self.channels not in _MODES:
+        if self.channels not in (1, 3):
             raise InputError(f"channels={self.channels} must be 1 or 3")
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size={self.image_size} must be at least 1, or None")
@@ -89,8 +89,7 @@ class Folder:
                 return array
         with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
             self._check_size(*image.size)
-            upright = ImageOps.exif_transpose(image)
-            picture = upright.convert(_MODES[self.channels])
+            picture = upright(image, self.channels)
         if self.image_size is not None:
             square = (self.image_size, self.image_size)
             picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)

@@ -20,16 +20,16 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cvjax.data.sources import Example
+from cvjax.data.sources.pictures import upright
 from cvjax.data.transforms import fields, geometry
 from cvjax.data.transforms.settings import Size, height_and_width
 from cvjax.errors import InputError, nearest
 
 log = logging.getLogger("cvjax")
 
-_MODES = {1: "L", 3: "RGB"}
 _SHOWN = 10  # lines of a list
 _ON_BAD = ("error", "skip")
 
@@ -93,7 +93,7 @@ def check_settings(
     channels: int, image_size: Size | None, max_instances: int, max_pixels: int
 ) -> None:
     """Raises InputError for a number that makes no sense."""
-    if channels not in _MODES:
+    if channels not in (1, 3):
         raise InputError(f"channels={channels} must be 1 or 3")
     if image_size is not None:
         height_and_width(image_size)
@@ -133,7 +133,7 @@ def read_image(
                     f"the header claims {image.width} x {image.height} pixels, more than "
                     f"max_pixels={max_pixels}"
                 )
-            array = np.asarray(ImageOps.exif_transpose(image).convert(_MODES[channels]))
+            array = np.asarray(upright(image, channels))
     except Exception as error:
         raise InputError(f"cannot decode {file}: {error}") from error
     if size is not None and array.shape[:2] != size:

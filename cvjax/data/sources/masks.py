@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cvjax.data.sources import Example
+from cvjax.data.sources.pictures import upright
 from cvjax.errors import InputError
 
 IGNORE = 255  # in a mask: a pixel without truth
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MASKS = (".png", ".bmp", ".tif", ".tiff")  # Those that give back the numbers put in.
-_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PairReader:
     max_pixels: int = 2**26
 
     def __post_init__(self) -> None:
-        if self.channels not in _MODES:
+        if self.channels not in (1, 3):
             raise InputError(f"channels={self.channels} must be 1 or 3")
         for name in ("image_size", "pad_to"):
             value = getattr(self, name)
@@ -101,7 +101,7 @@ class PairReader:
             raise ValueError(f"cannot decode {file}: {error}") from error
 
     def _image(self, image: Image.Image) -> Image.Image:
-        return ImageOps.exif_transpose(image).convert(_MODES[self.channels])
+        return upright(image, self.channels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,13 @@ def random_flip(images: jax.Array, rng: jax.Array, *, p: float = 0.5) -> jax.Arr
     return jnp.where(is_flipped, images[:, :, ::-1], images)
 
 
+def random_vertical_flip(images: jax.Array, rng: jax.Array, *, p: float = 0.5) -> jax.Array:
+    """Mirrors top and bottom, each image with probability p."""
+    check_between(0, 1, p=p)
+    is_flipped = jax.random.bernoulli(rng, p, (len(images), 1, 1, 1))
+    return jnp.where(is_flipped, images[:, ::-1], images)
+
+
 def random_crop(
     images: jax.Array, rng: jax.Array, *, padding: int = 4, fill: float | str = "reflect"
 ) -> jax.Array:

@@ -137,7 +137,8 @@ def _mixed(
 ) -> Mixed:
     images = jnp.asarray(images)
     partner = _partners(rng, images, valid)
-    own = weights.astype(images.dtype)
+    # Weights as whole numbers would all be 0 or 1: images of whole numbers become float32.
+    own = weights.astype(images.dtype) if jnp.issubdtype(images.dtype, jnp.floating) else weights
     return Mixed(own * images + (1 - own) * images[partner], partner, share)
 
 

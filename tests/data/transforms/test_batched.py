@@ -60,6 +60,13 @@ def test_the_share_is_what_is_really_its_own_and_targets_follow(name, shape):
     assert name != "either" or kinds == {True, False}
 
 
+def test_images_of_whole_numbers_are_mixed_as_numbers():
+    images = np.random.default_rng(0).integers(256, size=(4, 3, 3, 1), dtype=np.uint8)
+    for mix in (mixing.mixup, mixing.cutmix):
+        found, expected = (mix(x, jax.random.key(0)) for x in (images, jnp.float32(images)))
+        np.testing.assert_array_equal(found.images, expected.images)
+
+
 def test_rectangles_of_cutmix_are_clipped_at_every_edge_and_reach_the_corners():
     images = constant_images(512)
     mixed = jax.jit(mixing.cutmix)(images, jax.random.key(0))
@@ -129,7 +136,11 @@ BATCHED = {
     "erasing": partial(batched.random_erasing, p=1.0, fill=-1.0),
     "erasing with noise": partial(batched.random_erasing, fill="noise"),
     "all": partial(
-        batched.in_order, a=batched.random_flip, b=batched.random_crop, c=batched.cutout
+        batched.in_order,
+        a=batched.random_flip,
+        b=batched.random_crop,
+        c=batched.cutout,
+        d=batched.random_vertical_flip,
     ),
 }
 
@@ -148,10 +159,14 @@ def test_shape_and_type_stay_and_the_key_decides(name):
 
 def test_flips_crops_and_covers_do_what_they_say():
     images = np.random.default_rng(0).uniform(size=(64, 9, 8, 2)).astype(np.float32)
-    flipped = np.asarray(jax.jit(batched.random_flip)(images, jax.random.key(0)))
-    is_mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
-    assert (is_mirrored | (flipped == images).all(axis=(1, 2, 3))).all()
-    assert 16 < is_mirrored.sum() < 48
+    for flip, mirror in (
+        (batched.random_flip, images[:, :, ::-1]),
+        (batched.random_vertical_flip, images[:, ::-1]),
+    ):
+        flipped = np.asarray(jax.jit(flip)(images, jax.random.key(0)))
+        is_mirrored = (flipped == mirror).all(axis=(1, 2, 3))
+        assert (is_mirrored | (flipped == images).all(axis=(1, 2, 3))).all()
+        assert 16 < is_mirrored.sum() < 48
 
     for fill, mode in (("reflect", dict(mode="reflect")), (7.0, dict(constant_values=7.0))):
         crop = jax.jit(partial(batched.random_crop, padding=3, fill=fill))
