@@ -44,6 +44,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     A value takes the type of the one that it replaces. A new `type` makes another object: the
     fields that it does not take are dropped, those that it does take may be set by further
     flags, in whatever order. Where there is no object yet, but may be one, it makes the first.
+    `data.on_bad` is that of all sources of `data` that have this field.
     Raises InputError in one line for everything else.
     """
     config = copy.deepcopy(config)
@@ -71,6 +72,9 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
                 node[last] = value
         elif "type" in node and _takes(node["type"], last, walked):
             node[last] = _parse(text, None, flag)
+        elif path == "data.on_bad" and (sources := _sources(node, last, walked)):
+            for source in sources:
+                source[last] = text
         else:
             raise InputError(f"{flag}: no such field{_known(node, last)}")
     return config
@@ -123,6 +127,18 @@ def _may_hold(node: Any, field: str, path: str) -> bool:
 def _takes(type_name: str, field: str, path: str) -> bool:
     takes = fields_of(resolve(type_name, path))
     return takes is None or field in takes
+
+
+def _sources(data: ConfigDict, field: str, path: str) -> list[ConfigDict]:
+    """The sources of `data`, also those within others, that take a field."""
+
+    def within(node: Any, path: str) -> list[ConfigDict]:
+        if not isinstance(node, ConfigDict):
+            return []
+        own = [node] if "type" in node and _takes(node["type"], field, path) else []
+        return own + [one for key in node for one in within(node[key], f"{path}.{key}")]
+
+    return [one for name in ("train", "test") for one in within(data.get(name), f"{path}.{name}")]
 
 
 def _known(node: Any, name: str) -> str:

@@ -60,7 +60,10 @@ def hungarian(cost: jax.Array, valid: jax.Array) -> Assignment:
     cost = jax.lax.stop_gradient(jnp.asarray(cost, jnp.float32))
     finite = jnp.isfinite(cost) & valid[:, None]
     largest = jnp.max(jnp.where(finite, jnp.abs(cost), 0.0))
-    cost = jnp.where(finite, cost, 2 * n * largest + 1)
+    # Scaled down where sums of them would not be finite: the search would not end.
+    most = jnp.finfo(jnp.float32).max / (16 * n**2)
+    scale = jnp.where(largest > most, most / largest, 1.0)
+    cost = jnp.where(finite, cost * scale, 2 * n * (largest * scale) + 1)
 
     # Column k is where the path of the present truth begins; `owner` is n where nobody is.
     def give(row: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -103,7 +103,8 @@ def matrix_nms(
     if labels is not None:
         labels = jnp.asarray(labels)
         better &= labels[order][:, None] == labels[order]
-    overlap = jnp.where(better, jnp.asarray(overlaps, jnp.float32)[order][:, order], 0.0)
+    overlap = jnp.asarray(overlaps, jnp.float32)[order][:, order]
+    overlap = jnp.where(better & (overlap > 0), overlap, 0.0)  # one of NaN is none
     worst = jnp.max(overlap, axis=0)[:, None]  # of each i with what is better than i
     if sigma is None:
         # An i that is a copy of a better one, of 1 - IoU = 0, lowers nobody.
@@ -111,9 +112,10 @@ def matrix_nms(
         factor = jnp.where(worst < 1, factor, jnp.inf)
     else:
         factor = jnp.exp(-sigma * (overlap**2 - worst**2))
-    factor = jnp.min(jnp.where(better, factor, jnp.inf), axis=0)
     # The least may be above 1 only where nothing that is better overlaps: the score stays.
-    lowered = jnp.where(alive, ranked * jnp.minimum(factor, 1.0), -jnp.inf)
+    factor = jnp.minimum(jnp.min(jnp.where(better, factor, jnp.inf), axis=0), 1.0)
+    # A score of inf times a factor of 0 would be NaN.
+    lowered = jnp.where(alive, jnp.where(factor > 0, ranked * factor, 0.0), -jnp.inf)
     top, place = jax.lax.top_k(lowered, min(max_outputs, count))
     pad = (0, max_outputs - top.shape[0])
     top = jnp.pad(top, pad, constant_values=-jnp.inf)

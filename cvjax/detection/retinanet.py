@@ -5,7 +5,7 @@ T.-Y. Lin, P. Goyal, R. Girshick, K. He, P. Dollar: Focal Loss for Dense Object 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cvjax.detection.anchors import grid_anchors
-from cvjax.detection.assigners import max_iou
+from cvjax.detection.assigners import Assignment, max_iou
 from cvjax.detection.coders import decode_deltas, encode_deltas
 from cvjax.detection.dense import (
     Detections,
@@ -77,6 +77,8 @@ class RetinaNet(nn.Module):
         the square ones before they got their ratio, as in torchvision.
       positive, negative: an anchor is positive from this IoU on (or if no other anchor overlaps
         some box more), negative below that, and counts nowhere between.
+      assign: another rule for that, called as `cvjax.detection.assigners.atss`: with the anchors,
+        boxes, valid and the number of anchors of each level.
       normalizer: of the losses, see `cvjax.detection.losses.normalized`.
       candidates, score, iou, outputs: of the selection, see `cvjax.detection.dense.select`.
     """
@@ -90,6 +92,7 @@ class RetinaNet(nn.Module):
     rounded: bool = False
     positive: float = 0.5
     negative: float = 0.4
+    assign: Callable[..., Assignment] | None = None
     normalizer: str = "image"
     candidates: int = 1000
     score: float = 0.05
@@ -140,12 +143,19 @@ class RetinaNet(nn.Module):
           InputError: the head has another number of anchors.
         """
         anchors = self._anchors_of(outputs["logits"], size)
+        places = [h * w for h, w in level_sizes(size, self.encoder.strides)]
+        sizes = [count * len(self.ratios) * self.octaves for count in places]
 
-        def of_image(logits, deltas, boxes, labels, valid):
-            assigned = max_iou(
+        def assign(boxes: jax.Array, valid: jax.Array) -> Assignment:
+            if self.assign is not None:
+                return self.assign(anchors, boxes, valid, sizes)
+            return max_iou(
                 anchors, boxes, valid,
                 foreground=self.positive, background=self.negative, low_quality=True,
             )  # fmt: skip
+
+        def of_image(logits, deltas, boxes, labels, valid):
+            assigned = assign(boxes, valid)
             positive = assigned.foreground[:, None]
             target = jax.nn.one_hot(labels[assigned.index], logits.shape[-1]) * positive
             # An anchor that has no box is its own: its step is zero, and its gradient finite.

@@ -484,3 +484,20 @@ def test_a_detector_trains_on_a_set_in_this_format_by_flags_alone(photographs, t
     assert losses and np.isfinite(losses).all()
     assert main.main([*flags, f"--config.data.train.images={tmp_path / 'nowhere'}"]) == 2
     assert "nowhere does not exist" in capfd.readouterr().err
+
+
+def test_what_is_bad_is_skipped_by_one_flag_for_all_sources():
+    recipe = config.read(f"{ROOT / 'configs/retinanet.py'}:tiny")
+    types = [
+        ("data.train.type", "data.sources.composed.Mosaic"),
+        ("data.train.source.type", "data.sources.coco.Coco"),
+        ("data.test.type", "data.sources.voc.VocDetection"),
+    ]
+    for flags in ([("data.on_bad", "skip"), *types], [*types, ("data.on_bad", "skip")]):
+        data = config.override(recipe, flags).data
+        assert data.train.source.on_bad == data.test.on_bad == "skip"
+        assert "on_bad" not in data.train and "on_bad" not in data
+    data = config.override(recipe, [*flags, ("data.test.on_bad", "error")]).data
+    assert (data.train.source.on_bad, data.test.on_bad) == ("skip", "error")
+    with pytest.raises(InputError, match="--config.data.on_bad: no such field"):
+        config.override(recipe, [("data.on_bad", "skip")])

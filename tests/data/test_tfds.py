@@ -232,6 +232,18 @@ def test_boxes_are_scaled_counted_and_checked(objects_dir, caplog):
     number = next(i for i in range(3) if bad._data[i]["image"].max() == 2)
     with pytest.raises(InputError, match=rf"record {number}, object 0: its box .* has no area"):
         bad[number]
+    skipping = TfdsDetection("tiny_objects/bad", data_dir=objects_dir, on_bad="skip")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "cvjax"):
+        records = [skipping[i] for i in [0, 1, 2, 0, 1, 2]]
+    assert not any(record["box_valid"].any() for record in records)
+    assert len(skipping.skipped) == 3, "each is listed once"
+    assert any(f"record {number}, object 0: its box" in line for line in skipping.skipped)
+    assert [record.getMessage().splitlines()[0] for record in caplog.records] == [
+        f"tiny_objects/bad (train): {count} are bad and left out:" for count in (1, 2)
+    ]
+    with pytest.raises(InputError, match="on_bad='skp' does not exist"):
+        TfdsDetection("tiny_objects/bad", data_dir=objects_dir, on_bad="skp")
     with pytest.raises(InputError, match="max_instances=0"):
         TfdsDetection("tiny_objects/coco", data_dir=objects_dir, max_instances=0)
 

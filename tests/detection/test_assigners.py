@@ -207,6 +207,9 @@ def test_hungarian_avoids_what_is_not_finite():
     cost = np.array([[np.nan, 5.0, 1.0], [np.inf, 9.0, 1.0]], np.float32)
     out = solve(cost, np.ones(2, bool))
     assert list(out.foreground) == [False, True, True] and list(out.index) == [0, 0, 1]
+    # At the limits of float32 it ends, too.
+    cost = np.array([[3e38, -3e38, np.inf], [1, 2, np.inf], [0, -3e38, 3e38]], np.float32)
+    assert list(solve(cost, np.ones(3, bool)).index) == [1, 0, 2]
 
 
 def test_detr_cost():

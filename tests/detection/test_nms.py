@@ -101,3 +101,18 @@ def test_matrix_nms(sigma):
     junk = np.where(valid[:, None] & valid, overlap, np.nan)
     again = call(junk, score, label, valid, sigma=sigma, max_outputs=35)
     jax.tree.map(np.testing.assert_array_equal, kept, again)
+
+
+@pytest.mark.parametrize("sigma", [2.0, None])
+def test_matrix_nms_of_overlaps_and_scores_without_a_value(sigma):
+    """What is not valid stands last, and an overlap of NaN (0 / 0, say) is none."""
+    overlap = np.array([[1, 1, 0], [1, 1, 0], [0, 0, np.nan]], np.float32)
+    scores = np.array([np.inf, np.inf, 0.5], np.float32)
+    kept = matrix_nms(overlap, scores, max_outputs=3, sigma=sigma)
+    # Without a width of the Gaussian a copy has nothing left.
+    order, expected = ([0, 1, 2], [np.inf, np.inf, 0.5]) if sigma else ([0, 2, 1], [np.inf, 0.5, 0])
+    assert kept.valid.all() and kept.index.tolist() == order
+    np.testing.assert_array_equal(kept.scores, expected)
+    kept = matrix_nms(np.full((3, 3), np.nan), [np.nan, 0.3, 0.9], max_outputs=3, sigma=sigma)
+    assert kept.valid.tolist() == [True, True, False] and kept.index.tolist() == [2, 1, 0]
+    np.testing.assert_allclose(kept.scores, [0.9, 0.3, 0])

@@ -143,10 +143,14 @@ def test_another_number_of_classes_has_fresh_last_layers(tmp_path):
     assert not np.isnan(params["model"]["box_head"]["fc6"]["kernel"]).any()
 
 
-def test_the_record_is_what_they_give():
+def needs_their_packages():
     for package in ("torch", "torchvision", "timm", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is in the extra `parity`")
+
+
+def test_the_record_is_what_they_give():
+    needs_their_packages()
     from tests.detection import record_parity
 
     peers = record_parity.peers()
@@ -162,8 +166,7 @@ def test_the_record_is_what_they_give():
 
 
 def test_the_published_models_take_every_array_of_theirs(tmp_path):
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("torch is in the extra `parity`")
+    needs_their_packages()
     from tests.detection import record_parity
 
     theirs = record_parity.detection

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax.detection.assigners import max_iou
+from cvjax.build import build
+from cvjax.detection.assigners import atss, max_iou
 from cvjax.detection.boxes import iou as iou_matrix
 from cvjax.detection.coders import encode_deltas
 from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
@@ -93,6 +94,27 @@ def test_losses_are_those_of_the_slow_loop(normalizer):
     found = jax.jit(lambda o: model.losses(o, truth, SIZE))(outputs)
     assert set(found) == {"classification", "box"}
     np.testing.assert_allclose([found["classification"], found["box"]], expected, rtol=1e-4)
+
+
+def test_another_rule_assigns_the_anchors():
+    """By ATSS; also by the name that a config gives it."""
+    rule = dict(type="detection.assigners.atss", candidates=4)
+    model = RetinaNet(
+        ENCODER, RetinaNetHead(CLASSES), scale=3.0, normalizer="batch", assign=build(rule)
+    )
+    anchors, truth, rng = model.anchors(SIZE), truth_of(), np.random.default_rng(1)
+    deltas = rng.normal(size=(3, len(anchors), 4)).astype(np.float32)
+    outputs = {"logits": np.zeros((3, len(anchors), CLASSES), np.float32), "deltas": deltas}
+    alone = jax.jit(lambda *truth: atss(anchors, *truth, (9 * 130, 9 * 35, 9 * 12), candidates=4))
+    total = count = 0
+    for boxes, valid, said in zip(truth["boxes"], truth["box_valid"], deltas, strict=True):
+        found = alone(boxes, valid)
+        there = np.asarray(found.foreground)
+        steps = encode_deltas(boxes[found.index[there]], anchors[there])
+        total, count = total + abs(said[there] - steps).sum(), count + there.sum()
+    assert count > 2
+    losses = jax.jit(model.losses, static_argnums=2)(outputs, truth, SIZE)
+    np.testing.assert_allclose(losses["box"], total / count, rtol=1e-5)
 
 
 def test_the_encoded_truth_is_detected_and_costs_nothing():

@@ -3,6 +3,7 @@
 pip install -e '.[parity]' && python -m tests.nn.record_parity
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -20,6 +21,10 @@ from tests.nn.parity import CLASSES, RECORD, ROWS, image, thin, weights
 def define_missing_operators():
     """Lets torchvision be imported beside a torch that it was not compiled for."""
     folder = Path(importlib.util.find_spec("torchvision").origin).parent
+    for file in folder.glob("_C*.so"):
+        # Where they load they must do so first: an operator that is there twice ends the process.
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(file))
     text = (folder / "_meta_registrations.py").read_text()
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in sorted(set(re.findall(r"torchvision::(\w+)", text))):

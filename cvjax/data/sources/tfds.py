@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from cvjax.data.sources import Example
-from cvjax.data.sources.instances import LeftOut, check_box, check_settings, record
+from cvjax.data.sources.instances import Faults, LeftOut, check_box, check_settings, record
 from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError, nearest
+
+_FIELDS = {"crowd": "is_crowd", "ignore": "is_difficult", "area": "area"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +78,12 @@ class TfdsDetection:
             else it is scaled to fit inside (height, width), or the side of a square.
         max_instances: rows of a record. As records are read, it is said how many objects are left
             out for that.
+        on_bad: "error" at a bad object, one whose box has no area or whose label is no class;
+            "skip" leaves each out. As records are read, it is said how many these were, and
+            `skipped` lists them.
 
     Raises:
-        InputError: as in `Tfds`; a number makes no sense. Of a record: a box without area, or a
-            label that is no class.
+        InputError: as in `Tfds`; a setting makes no sense. Of a record: a bad object.
     """
 
     name: str
@@ -87,8 +91,10 @@ class TfdsDetection:
     data_dir: str | pathlib.Path | None = None
     image_size: Size | None = None
     max_instances: int = 100
+    on_bad: str = "error"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_faults", Faults(self.on_bad))
         check_settings(3, self.image_size, self.max_instances, 1)
         features, data = _open(self.name, self.split, self.data_dir, ("image", "objects"))
         objects = features["objects"].feature
@@ -112,27 +118,42 @@ class TfdsDetection:
         labels = np.asarray(objects["label"], np.int64).reshape(-1)
         relative = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
         boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height]
-        where = f"{self.name} ({self.split}), record {index}, object"
+        keep = np.ones(len(boxes), bool)
         for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-            if not np.isfinite(box).all():
-                raise InputError(f"{where} {number}: its box {box.tolist()} is not finite")
-            if not 0 <= label < len(self.class_names):
-                raise InputError(f"{where} {number}: its label {label} is no class")
             try:
+                if not np.isfinite(box).all():
+                    raise ValueError(f"its box {box.tolist()} is not finite")
+                if not 0 <= label < len(self.class_names):
+                    raise ValueError(f"its label {label} is no class")
                 check_box(box, height, width, f"its box {box.round(3).tolist()} (x1, y1, x2, y2)")
             except ValueError as error:
-                raise InputError(f"{where} {number}: {error}") from None
-        self._left_out.add(len(boxes))
+                keep[number] = False
+                self._note(f"record {index}, object {number}: {error}")
+        self._left_out.add(int(keep.sum()))
+        flags = {ours: objects.get(theirs) for ours, theirs in _FIELDS.items()}
         return record(
             image,
-            boxes,
-            labels,
-            crowd=objects.get("is_crowd"),
-            ignore=objects.get("is_difficult"),
-            area=objects.get("area"),
+            boxes[keep],
+            labels[keep],
             rows=self.max_instances,
             image_size=self.image_size,
+            **{k: None if v is None else np.asarray(v)[keep] for k, v in flags.items()},
         )
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The bad objects of the records that were read."""
+        return tuple(self._faults.lines)
+
+    def _note(self, fault: str) -> None:
+        name = f"{self.name} ({self.split})"
+        line = f"{name}, {fault}"
+        if line in self._faults.lines:  # A record is read in each epoch.
+            return
+        self._faults.add(line)
+        count = len(self._faults.lines)
+        if count & (count - 1) == 0:
+            self._faults.say(name)
 
     def __reduce__(self) -> tuple:
         # A worker process opens the files itself.
