@@ -97,6 +97,7 @@ def invert(
         there = velocity(denoise, process, x + like(s - t, x) * here, s)
         return x + like(s - t, x) * (here + there) / 2
 
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
     start = like(process.alpha(jnp.zeros(len(x), x.dtype)), x) * x
     return integrate(step, start, grid, len(x))
 
