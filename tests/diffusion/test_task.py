@@ -236,6 +236,13 @@ def test_predict_and_visualize():
     assert jnp.min(pictures[0]) >= 0 and jnp.max(pictures[0]) <= 1
 
 
+def test_the_picture_of_many_classes_is_of_ten():
+    task, batch = task_of(UNet(1000, width=8, attention=()), num_classes=1000), batch_of()
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
+    assert picture.shape == (10 * 9 + 1, 10 * 9 + 1, 1)
+
+
 @pytest.mark.parametrize(
     "process",
     [
