@@ -60,6 +60,8 @@ class Diffusion:
     def __post_init__(self):
         if not 0 <= self.class_dropout < 1:
             raise InputError(f"class_dropout is {self.class_dropout}; it must be in [0, 1)")
+        if self.num_classes < 0:
+            raise InputError(f"num_classes is {self.num_classes}; it must be at least 0")
         if self.sample_steps < 1:
             raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
         inside = getattr(self.network, "network", self.network)  # of a preconditioned one

@@ -165,7 +165,13 @@ def test_guidance_without_class_dropout_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(class_dropout=1.0), dict(sample_steps=0), dict(image_shape=(9, 9, 1))]
+    "wrong",
+    [
+        dict(class_dropout=1.0),
+        dict(num_classes=-1),
+        dict(sample_steps=0),
+        dict(image_shape=(9, 9, 1)),
+    ],
 )
 def test_impossible_fields(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
