@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, like, log_snr, perturb, split
@@ -43,7 +42,11 @@ def repaint(
     """
     if repeats < 1:
         raise InputError(f"repaint: repeats is {repeats}; it must be at least 1")
-    if is_known.dtype != bool or np.broadcast_shapes(is_known.shape, known.shape) != known.shape:
+    fits = is_known.ndim <= known.ndim and all(
+        side in (1, whole)
+        for side, whole in zip(is_known.shape[::-1], known.shape[::-1], strict=False)
+    )
+    if is_known.dtype != bool or not fits:
         raise InputError(
             f"repaint: is_known is {is_known.dtype} {list(is_known.shape)}; it must be bool and "
             f"broadcast to {list(known.shape)}"
@@ -94,6 +97,7 @@ def invert(
         there = velocity(denoise, process, x + like(s - t, x) * here, s)
         return x + like(s - t, x) * (here + there) / 2
 
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
     start = like(process.alpha(jnp.zeros(len(x), x.dtype)), x) * x
     return integrate(step, start, grid, len(x))
 

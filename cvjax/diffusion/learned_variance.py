@@ -18,6 +18,7 @@ from cvjax.diffusion.samplers.integration import (
     normal,
     time_steps,
 )
+from cvjax.errors import InputError
 
 
 def log_variances(process: Process, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,7 +113,14 @@ def ddpm_learned(
     """
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
-        prediction, v = jnp.split(denoise(x, t), 2, axis=-1)
+        both = denoise(x, t)
+        if both.shape != (*x.shape[:-1], 2 * x.shape[-1]):
+            raise InputError(
+                f"ddpm_learned: the network gives {both.shape[-1]} channels for images of "
+                f"{x.shape[-1]}, so that it has no variances; train a LearnedVariance, or take "
+                "sampler=ddpm"
+            )
+        prediction, v = jnp.split(both, 2, axis=-1)
         x0, _ = split(process, process.prediction, prediction, x, t)
         least, most = (like(value, x) for value in log_variances(process, t, s))
         # Guidance may take v out of its range.

@@ -99,12 +99,13 @@ def ode_log_likelihood(
 
     Args:
       denoise: (x [b, ...], t [b]) -> what `process.prediction` names; each row of its own.
-      x: [b, ...].
+      x: [b, ...], float in [-1, 1].
       keys: [b], for the directions of `hutchinson`, one for each image along its whole way.
       steps, times: as of a sampler.
       divergence: `hutchinson` or `exact_divergence`.
     """
     grid = time_steps(times, process, steps)[::-1]
+    x = _checked(x)
     dimensions = x[0].size
 
     def slope(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,6 +150,7 @@ def vlb(
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; the bound takes at least 1")
+    x = _checked(x)
     batch, dimensions, axes = len(x), x[0].size, tuple(range(1, x.ndim))
     zero, one = jnp.zeros(batch, x.dtype), jnp.ones(batch, x.dtype)
     highest, lowest = log_snr(process, zero), log_snr(process, one)
@@ -170,6 +172,15 @@ def vlb(
     # Both have the same variance, so that only the means differ.
     prior = square(like(process.alpha(one) / process.sigma(one), x) * x) / 2
     return decoder - prior - diffusion
+
+
+def _checked(x: jax.Array) -> jax.Array:
+    """x in float32 at least."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(
+            f"x is {x.dtype}; a density is of floats in [-1, 1]: take what dequantize returns"
+        )
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _log_normal(x: jax.Array, sigma: jax.Array) -> jax.Array:

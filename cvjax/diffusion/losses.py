@@ -84,7 +84,7 @@ def sliced_score_matching(
       x: data.
       rng: of the directions v.
     """
-    v = jax.random.normal(rng, x.shape)
+    v = jax.random.normal(rng, x.shape, x.dtype)
     value, along = jax.jvp(score, (x,), (v,))
     axes = range(1, x.ndim)
     return jnp.sum(v * along, axes) + jnp.sum(value**2, axes) / 2

@@ -42,6 +42,11 @@ class Preconditioned(nn.Module):
         c_skip, c_out, c_in, c_noise = coefficients(self.process.sigma(t) / alpha, self.sigma_data)
         x = like(1 / alpha, x) * x
         y = self.network(like(c_in, x) * x, c_noise, condition)
+        if y.shape != x.shape:  # they would be broadcast
+            raise InputError(
+                f"Preconditioned: the network gives {list(y.shape)}; of {list(x.shape)} it must "
+                "give such: no learned variances, no channels besides the image"
+            )
         return like(c_skip, x) * x + like(c_out, x) * y
 
 

@@ -345,4 +345,5 @@ def _inside(t: jax.Array) -> jax.Array:
 
 
 def _derivative(function: Callable, t: jax.Array) -> jax.Array:
+    t = jnp.asarray(t, _float(t))
     return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]

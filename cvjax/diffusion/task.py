@@ -60,9 +60,12 @@ class Diffusion:
     def __post_init__(self):
         if not 0 <= self.class_dropout < 1:
             raise InputError(f"class_dropout is {self.class_dropout}; it must be in [0, 1)")
+        if self.num_classes < 0:
+            raise InputError(f"num_classes is {self.num_classes}; it must be at least 0")
         if self.sample_steps < 1:
             raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
-        known = getattr(self.network, "num_classes", self.num_classes)
+        inside = getattr(self.network, "network", self.network)  # of a preconditioned one
+        known = getattr(inside, "num_classes", self.num_classes)
         if known != self.num_classes:
             raise InputError(
                 f"num_classes is {self.num_classes}, but that of the network is {known}; they "
@@ -93,8 +96,17 @@ class Diffusion:
         return {"network": variables["params"]}, {}
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        """Raises InputError unless the valid images of a batch on the host are in [0, 1].
+
+        And if the sampler does not fit the process: else a run would tell that at its first sample.
+        """
         check_unit_images(batch)
+        shape = tuple(self.image_shape)
+        answer = lambda x, t: jnp.zeros((*x.shape[:-1], self._sampled_channels))  # noqa: E731
+        jax.eval_shape(
+            lambda keys: self.sampler(answer, self.process, keys, shape, self.sample_steps),
+            example_keys(jax.random.key(0), 1),
+        )
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
@@ -130,15 +142,19 @@ class Diffusion:
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns one sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b]."""
+        """Returns a sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b], if told."""
         _, label = self._clean(batch)
-        return {"sample": self.sample(params, label, rng), "label": label}
+        told = {"label": label} if self.num_classes else {}
+        return {"sample": self.sample(params, label, rng), **told}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns 10 rows of samples, a column for each class, of the same noise every time."""
-        columns = self.num_classes or 10
+        """Returns 10 rows of samples, of the same noise every time.
+
+        A column for each of the first 10 classes: of 1,000 they would be a set of their own.
+        """
+        columns = min(self.num_classes or 10, 10)
         label = jnp.tile(jnp.arange(columns), 10)
         return {"samples": draw.grid(self.sample(params, label, jax.random.key(0)), columns)}
 
@@ -248,6 +264,11 @@ class Diffusion:
         return self.image_shape[-1]
 
     @property
+    def _sampled_channels(self) -> int:
+        """Of what a sampler is given."""
+        return self.image_shape[-1]
+
+    @property
     def _is_conditional(self) -> bool:
         return self.num_classes > 0
 
@@ -303,13 +324,18 @@ class LearnedVariance(Diffusion):
     def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
         """As of `Diffusion`, with the variances for the sampler that uses them."""
         both = super().denoiser(params, condition, guidance)
-        if getattr(self.sampler, "func", self.sampler) is ddpm_learned:
+        if self._sampled_channels == self._channels:
             return both
         return lambda x, t: jnp.split(both(x, t), 2, axis=-1)[0]
 
     @property
     def _channels(self) -> int:
         return 2 * self.image_shape[-1]
+
+    @property
+    def _sampled_channels(self) -> int:
+        is_learned = getattr(self.sampler, "func", self.sampler) is ddpm_learned
+        return self._channels if is_learned else self.image_shape[-1]
 
     def _errors(
         self,

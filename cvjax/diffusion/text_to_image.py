@@ -43,7 +43,7 @@ class TextToImage(Diffusion):
         if self.num_classes:
             raise InputError(f"num_classes is {self.num_classes}; with captions it must be 0")
         self.tokens(self.captions)  # an unknown word is told before the training
-        text = getattr(self.network, "text", None)
+        text = getattr(getattr(self.network, "network", self.network), "text", None)
         known = getattr(text, "vocabulary", len(self.words))
         if known != len(self.words):
             raise InputError(
@@ -125,8 +125,10 @@ class Upsampler(TextToImage):
     def condition(self, tokens: jax.Array, low: jax.Array, level: float = 0.0) -> PyTree:
         """What `sample` takes: for tokens and small images [b, h, w, c] in [0, 1].
 
-        `level` in [0, `augmentation`] says how faulty these are.
+        `level` in [0, `augmentation`] says how faulty these are; InputError for another.
         """
+        if not 0 <= level <= self.augmentation:
+            raise InputError(f"level is {level}; it must be in [0, {self.augmentation}]")
         level = jnp.full(len(tokens), level, jnp.float32)
         return {"tokens": jnp.asarray(tokens), "low": 2 * low - 1, "level": level}
 

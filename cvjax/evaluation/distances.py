@@ -40,13 +40,15 @@ def kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:
     KID. Raises InputError for fewer than 2 examples.
     """
     real, fake = _pair(real, fake, 2)
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    kernel = lambda product: (product / real.shape[1] + 1) ** 3  # noqa: E731
+    total = lambda x, y: sum(kernel(part @ y.T).sum() for part in _parts(x))  # noqa: E731
 
     def within(x: Array) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+        itself = kernel(np.sum(x**2, axis=1)).sum()
+        return (total(x, x) - itself) / (len(x) * (len(x) - 1))
 
-    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
+    between = total(real, fake) / (len(real) * len(fake))
+    return float(within(real) + within(fake) - 2 * between)
 
 
 def precision_recall_density_coverage(
@@ -64,16 +66,24 @@ def precision_recall_density_coverage(
         raise InputError(f"neighbours is {neighbours}; it must be at least 1")
     real, fake = _pair(real, fake, neighbours + 1)
     # Each example is its own neighbour 0.
+    sorted_to = lambda part, x: np.partition(cdist(part, x), neighbours, axis=1)  # noqa: E731
     real_radius, fake_radius = (
-        np.partition(cdist(x, x), neighbours, axis=1)[:, neighbours] for x in (real, fake)
+        np.concatenate([sorted_to(part, x)[:, neighbours].copy() for part in _parts(x)])
+        for x in (real, fake)
     )
-    distance = cdist(real, fake)
-    in_real, in_fake = distance <= real_radius[:, None], distance <= fake_radius
+    holders = np.zeros(len(fake), np.int64)  # in how many real balls each fake is
+    is_recalled, is_covered = [], []
+    for part, size in zip(_parts(real), _parts(real_radius), strict=True):
+        distance = cdist(part, fake)
+        in_real = distance <= size[:, None]
+        holders += in_real.sum(0)
+        is_covered.append(in_real.any(1))
+        is_recalled.append((distance <= fake_radius).any(1))
     return {
-        "precision": float(in_real.any(0).mean()),
-        "recall": float(in_fake.any(1).mean()),
-        "density": float(in_real.sum(0).mean() / neighbours),
-        "coverage": float(in_real.any(1).mean()),
+        "precision": float((holders > 0).mean()),
+        "recall": float(np.concatenate(is_recalled).mean()),
+        "density": float(holders.mean() / neighbours),
+        "coverage": float(np.concatenate(is_covered).mean()),
     }
 
 
@@ -99,10 +109,15 @@ def nearest_distances(real: ArrayLike, fake: ArrayLike) -> Array:
     """
     real, fake = _pair(real, fake, 1)
     square, found = np.sum(real**2, axis=1), []
-    for part in np.array_split(fake, -(-len(fake) // 256)):  # [256, m] at a time
+    for part in _parts(fake):
         distance = square + np.sum(part**2, axis=1)[:, None] - 2 * part @ real.T
         found.append(distance.min(1).clip(0))
     return np.sqrt(np.concatenate(found))
+
+
+def _parts(x: Array) -> list[Array]:
+    """Rows in parts of at most 256: distances between all pairs would not fit into memory."""
+    return np.array_split(x, -(-len(x) // 256))
 
 
 def _pair(real: ArrayLike, fake: ArrayLike, least: int) -> tuple[Array, Array]:

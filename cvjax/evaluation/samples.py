@@ -103,7 +103,8 @@ class SampleQuality:
         `labels` int [n]: what the images were asked to be.
 
         Raises:
-          InputError: fewer than `neighbours` + 1 images, or images of another shape than real ones.
+          InputError: fewer than `neighbours` + 1 images, images of another shape than real ones, or
+            another number of labels.
         """
         images = unit(images)
         shape = self.train.images.shape[1:]
@@ -111,6 +112,9 @@ class SampleQuality:
             raise InputError(
                 f"images are {list(images.shape[1:])}, real ones {list(shape)}; they must be equal"
             )
+        labels = None if labels is None else np.asarray(labels)
+        if labels is not None and labels.shape != (len(images),):
+            raise InputError(f"labels are {list(labels.shape)}; they must be [{len(images)}]")
         features, probabilities = self.extractor(images)
         found = self._compare(Real(images, features, probabilities, labels))
         if len(images) not in self.floors:

@@ -108,6 +108,8 @@ class DiT(nn.Module):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"DiT: {field} is {value}; it must be at least 1")
+        if self.num_classes < 0:
+            raise InputError(f"DiT: num_classes is {self.num_classes}; it must be at least 0")
         if self._numbers[0] % 4:
             raise InputError(f"DiT: width is {self._numbers[0]}; it must be a multiple of 4")
         super().__post_init__()

@@ -152,9 +152,13 @@ class UNet(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field in ("width", "blocks", "head_features", "patch"):
-            if getattr(self, field) < 1:
-                raise InputError(f"UNet: {field} is {getattr(self, field)}; it must be at least 1")
+        for field, least in (
+            ("num_classes", 0), ("width", 1), ("blocks", 1), ("head_features", 1), ("patch", 1),
+            ("embedding", 2), ("out_channels", 1),
+        ):  # fmt: skip
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise InputError(f"UNet: {field} is {value}; it must be at least {least}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(
                 f"UNet: multipliers is {self.multipliers!r}; it must name at least one level, and "

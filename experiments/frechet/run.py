@@ -82,6 +82,8 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
     """The scores, and the samples as a picture beside the run's others."""
     if (flags.workdir is None) == (flags.images is None):
         raise InputError("give either --workdir or --images")
+    if (flags.train is None) != (flags.held_out is None):
+        raise InputError("give both --train and --held_out, or neither")
     if flags.workdir is not None:
         task, state, train, held_out = load_run(flags.workdir, changes)
         if flags.raw:

@@ -70,6 +70,7 @@ def test_repaint_of_all_or_nothing():
         (dict(repeats=0), "repeats is 0"),
         (dict(is_known=jnp.ones((2, 2, 1))), "it must be bool"),
         (dict(is_known=jnp.ones((5, 3, 2, 2, 1), bool)), "broadcast to"),
+        (dict(is_known=jnp.ones((3, 2, 2), bool)), r"bool \[3, 2, 2\]; it must"),
         (dict(steps=0), "steps is 0"),
     ):
         settings = dict(is_known=jnp.ones((2, 2, 1), bool), steps=2) | wrong

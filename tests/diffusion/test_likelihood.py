@@ -149,6 +149,16 @@ def test_dequantization():
         dequantize(pixels / 255, keys)
 
 
+def test_images_in_half_precision_and_integers(keys):
+    """The first are taken as they are, the second are no images in [-1, 1]."""
+    half = jnp.asarray(X, jnp.bfloat16)
+    for function in (functools.partial(by_ode, steps=8), functools.partial(bound, steps=8)):
+        whole = function(FlowMatching(), keys, x=half.astype(jnp.float32))
+        np.testing.assert_array_equal(function(FlowMatching(), keys, x=half), whole)
+        with pytest.raises(InputError, match="x is uint8; a density is of floats"):
+            function(FlowMatching(), keys, x=np.zeros((400, 2), np.uint8))
+
+
 def test_no_steps(keys):
     for function in (by_ode, bound):
         with pytest.raises(InputError, match="steps is 0"):

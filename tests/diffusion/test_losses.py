@@ -126,6 +126,8 @@ def test_sliced_score_matching_finds_the_score_of_a_gaussian():
     expected = -jnp.trace(other) + jnp.trace(other @ covariance @ other.T) / 2
     np.testing.assert_allclose(value, expected, atol=0.05)
     np.testing.assert_allclose(gradient, other @ covariance - jnp.eye(2), atol=0.05)
+    half = losses.sliced_score_matching(lambda x: -x, x[:4].astype(jnp.bfloat16), jax.random.key(1))
+    assert jnp.all(jnp.isfinite(half))
 
 
 couple = jax.jit(optimal_coupling)

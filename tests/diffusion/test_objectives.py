@@ -109,6 +109,16 @@ def test_a_preconditioned_network_has_the_process_of_the_task():
             task_of(Preconditioned(Linear(), process), process=other)
 
 
+def test_a_preconditioned_network_has_no_other_channels():
+    """One channel would be broadcast: half of x_t would be added to what means the variance."""
+    process = EDM()
+    task = LearnedVariance(
+        Preconditioned(Doubled(), process), process, num_classes=CLASSES, image_shape=SHAPE
+    )
+    with pytest.raises(InputError, match=r"gives \[8, 8, 8, 2\]; of \[8, 8, 8, 1\]"):
+        task.init(jax.random.key(0), batch_of())
+
+
 def hybrid(**fields):
     fields = dict(num_classes=CLASSES, image_shape=SHAPE, sample_steps=4) | fields
     process = VariancePreserving("linear", "eps", uniform)
@@ -148,6 +158,7 @@ def test_samplers_with_and_without_the_variances():
     batch = batch_of()
     for sampler in (ddim, functools.partial(ddpm_learned)):
         task = hybrid(sampler=sampler, guidance=2.0)
+        task.check({name: np.asarray(value) for name, value in batch.items()})
         params, _ = start(task, batch)
         x = jnp.zeros((8, *SHAPE))
         channels = task.denoiser(params, batch["label"])(x, jnp.full(8, 0.5)).shape[-1]

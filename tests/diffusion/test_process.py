@@ -66,6 +66,8 @@ def test_the_linear_schedule_is_that_of_the_sde():
     speed = 1 - 2 * MARGIN  # of the clock that alpha and sigma see
     np.testing.assert_allclose(drift(process, t), -beta * speed / 2, rtol=1e-4)
     np.testing.assert_allclose(diffusion(process, t) ** 2, beta * speed, rtol=2e-3)
+    # Both ends of time may be given as integers.
+    np.testing.assert_array_equal(drift(process, jnp.arange(2)), drift(process, jnp.arange(2.0)))
 
 
 @pytest.mark.parametrize("process", PROCESSES)

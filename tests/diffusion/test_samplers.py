@@ -254,6 +254,7 @@ def test_start_in_place_of_noise(name):
     )
     if name in ("heun", "unipc"):  # the others begin in the same way
         np.testing.assert_allclose(run(other, start=noise), run(keys), atol=1e-5)
+        assert run(other, start=noise.astype(jnp.bfloat16)).dtype == jnp.float32
     with pytest.raises(InputError, match="start is"):
         run(keys, start=noise[:2])
 

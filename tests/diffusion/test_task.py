@@ -1,6 +1,7 @@
 """The task: guidance, class dropout, padding, samples."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.diffusion.process import FlowMatching, VariancePreserving, logit_normal, uniform
-from cvjax.diffusion.samplers import ddim, dpm_solver_2m, heun
+from cvjax.diffusion.learned_variance import ddpm_learned
+from cvjax.diffusion.preconditioning import Preconditioned
+from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, logit_normal, uniform
+from cvjax.diffusion.samplers import ddim, dpm_solver_2m, euler_maruyama, heun, unipc
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.nn.unet import UNet
@@ -162,7 +165,13 @@ def test_guidance_without_class_dropout_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(class_dropout=1.0), dict(sample_steps=0), dict(image_shape=(9, 9, 1))]
+    "wrong",
+    [
+        dict(class_dropout=1.0),
+        dict(num_classes=-1),
+        dict(sample_steps=0),
+        dict(image_shape=(9, 9, 1)),
+    ],
 )
 def test_impossible_fields(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
@@ -172,6 +181,24 @@ def test_impossible_fields(wrong):
 def test_classes_of_task_and_network_must_agree():
     with pytest.raises(InputError, match="num_classes is 3, but that of the network is 10"):
         task_of(UNet(num_classes=10))
+    process = EDM()
+    with pytest.raises(InputError, match="num_classes is 3, but that of the network is 10"):
+        task_of(Preconditioned(UNet(num_classes=10), process), process=process)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(sampler=euler_maruyama), "euler_maruyama does not fit FlowMatching"),
+        (dict(process=EDM(), sample_steps=20), "does not fit EDM.*take times=grids.karras"),
+        (dict(sampler=functools.partial(unipc, order=7)), "order is 7"),
+        (dict(sampler=ddpm_learned), "has no variances; train a LearnedVariance"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_told_before_the_training(fields, message):
+    batch = {name: np.asarray(value) for name, value in batch_of().items()}
+    with pytest.raises(InputError, match=message):
+        task_of(Linear(), **fields).check(batch)
 
 
 def test_without_classes_a_batch_needs_no_labels():
@@ -180,6 +207,8 @@ def test_without_classes_a_batch_needs_no_labels():
     params, state = start(task, batch)
     loss, _ = jax.jit(lambda p: task.loss(p, state, batch, jax.random.key(0)))(params)
     assert jnp.isfinite(loss)
+    # ... and no class is said to have been asked for, or evaluators would look for agreement.
+    assert set(jax.eval_shape(task.predict, params, {}, batch, jax.random.key(0))) == {"sample"}
     assert jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"].shape
 
 
@@ -211,6 +240,13 @@ def test_predict_and_visualize():
     assert pictures[0].shape == (10 * 9 + 1, CLASSES * 9 + 1, 1)
     np.testing.assert_array_equal(*pictures)  # the same noise at every evaluation
     assert jnp.min(pictures[0]) >= 0 and jnp.max(pictures[0]) <= 1
+
+
+def test_the_picture_of_many_classes_is_of_ten():
+    task, batch = task_of(UNet(1000, width=8, attention=()), num_classes=1000), batch_of()
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
+    assert picture.shape == (10 * 9 + 1, 10 * 9 + 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_what_the_upsampler_sees():
     # The mean ratio over 2,000 images of 16 pixels, whose deviation is a little low (n - 1).
     np.testing.assert_allclose(jnp.mean(deviation / noisy["level"]), 0.965, atol=0.03)
     given = task.condition(batch["tokens"], (low + 1) / 2, 0.2)
+    with pytest.raises(InputError, match=r"level is 0.6; it must be in \[0, 0.5\]"):
+        task.condition(batch["tokens"], (low + 1) / 2, 0.6)
     np.testing.assert_allclose(given["low"], low, atol=1e-6)
     np.testing.assert_allclose(given["level"], 0.2)
 

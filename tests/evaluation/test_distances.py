@@ -1,5 +1,7 @@
 """The distances against closed forms, scipy and loops."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -78,6 +80,39 @@ def test_precision_recall_density_coverage_by_loops():
             "coverage": np.mean([any(row) for row in inside]),
         }
     )
+
+
+def test_sets_of_several_parts():
+    """Pairs are looked at in parts; ties and copies lie on the borders of balls."""
+    rng = np.random.default_rng(4)
+    real, fake = rng.integers(0, 6, (300, 3)), rng.integers(1, 7, (270, 3))
+    distance = lambda x, y: np.linalg.norm(x[:, None] - y[None], axis=-1)  # noqa: E731
+    sizes = [np.sort(distance(x, x), axis=1)[:, 2] for x in (real, fake)]
+    in_real, in_fake = distance(real, fake) <= sizes[0][:, None], distance(real, fake) <= sizes[1]
+    assert precision_recall_density_coverage(real, fake, 2) == pytest.approx(
+        {
+            "precision": in_real.any(0).mean(),
+            "recall": in_fake.any(1).mean(),
+            "density": in_real.sum(0).mean() / 2,
+            "coverage": in_real.any(1).mean(),
+        }
+    )
+    kernel = lambda x, y: (x @ y.T / 3 + 1.0) ** 3  # noqa: E731
+    within = [(kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
+              for x in (real, fake)]  # fmt: skip
+    expected = sum(within) - 2 * kernel(real, fake).mean()
+    assert kernel_distance(real, fake) == pytest.approx(expected)
+
+
+def test_many_examples_fit_into_memory():
+    """All pairs of them at once would be 3 x 128 MB."""
+    x = np.random.default_rng(5).normal(size=(4000, 2))
+    tracemalloc.start()
+    precision_recall_density_coverage(x, x + 0.01)
+    kernel_distance(x, x + 0.01)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6
 
 
 def test_far_away_and_collapsed():

@@ -212,6 +212,8 @@ def test_what_cannot_be_is_said(extractor):
         quality.add({"latent": images}, {"valid": np.ones(20, bool)})
     with pytest.raises(InputError, match=r"n >= 6, d"):
         quality.score(images[:4])
+    with pytest.raises(InputError, match=r"labels are \[19\]; they must be \[20\]"):
+        quality.score(images, np.zeros(19, int))
     with pytest.raises(InputError, match="no images were added"):
         quality.result()
 

@@ -149,6 +149,8 @@ def test_mistakes_are_one_line():
         DiT("m")
     with pytest.raises(InputError, match="depth is 0"):
         DiT(depth=0)
+    with pytest.raises(InputError, match="num_classes is -1"):
+        DiT(num_classes=-1)
     with pytest.raises(InputError, match="width is 6.*multiple of 4"):
         DiT(width=6)
     with pytest.raises(InputError, match="5 x 6, patch is 2"):

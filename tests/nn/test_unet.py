@@ -55,8 +55,12 @@ def test_size_that_is_no_multiple_of_the_patch_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(blocks=0), dict(patch=0), dict(multipliers=()), dict(attention=(2,))]
-)
+    "wrong",
+    [
+        dict(blocks=0), dict(patch=0), dict(multipliers=()), dict(attention=(2,)),
+        dict(num_classes=-1), dict(embedding=1), dict(out_channels=0),
+    ],
+)  # fmt: skip
 def test_impossible_fields(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         UNet(**(SMALL | wrong))
