@@ -74,20 +74,23 @@ def jax_step(optimizer_name: str, kind: str):
     import jax
     import optax
 
+    from cvjax.train.sharding import data_mesh, jit_step, put_batch, replicated
     from cvjax.train.step import initial_state, make_train_step
 
-    task, muon = ours()
+    mesh, (task, muon) = data_mesh(), ours()
     params, batch = start(task)
     if kind == "sample":
-        sample, label = our_sampler(task, params), np.arange(SAMPLES) % 10
-        return lambda: jax.block_until_ready(sample(NOISE, label))
+        params = jax.device_put(params, replicated(mesh))
+        noise, label = put_batch((NOISE, np.arange(SAMPLES) % 10), mesh)
+        sample = our_sampler(task, params)
+        return lambda: jax.block_until_ready(sample(noise, label))
     transform = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
     if optimizer_name == "MUON":
         transform = muon.build(params["network"], 1800)
     optimizers, ema = {"network": transform}, {"network": lambda _: DECAY}
-    state = jax.jit(lambda key: initial_state(task, batch, key, optimizers, ema))(jax.random.key(0))
-    step = jax.jit(make_train_step(task, optimizers, ema), donate_argnums=0)
-    holder = [state]
+    make = lambda key: initial_state(task, batch, key, optimizers, ema)  # noqa: E731
+    holder = [jax.jit(make, out_shardings=replicated(mesh))(jax.random.key(0))]
+    step, batch = jit_step(make_train_step(task, optimizers, ema), mesh), put_batch(batch, mesh)
 
     def run():
         holder[0], _ = step(holder[0], batch)
