@@ -41,28 +41,29 @@ def torch_step(network, mode: str, train: bool):
 def jax_step(network, train: bool):
     """The same with this package: the engine's own train step, or `predict`."""
     import jax
-    import jax.numpy as jnp
     import optax
 
     from cvjax.classification.task import Classification
+    from cvjax.train.sharding import data_mesh, jit_step, put_batch, replicated
     from cvjax.train.step import initial_state, make_train_step
 
-    task = Classification(network.ours())
+    task, mesh = Classification(network.ours()), data_mesh()
     shape = (network.batch, network.size, network.size, network.channels)
     batch = {
-        "image": jnp.asarray(np.random.default_rng(0).random(shape, np.float32)),
-        "label": jnp.arange(network.batch) % 10,
-        "valid": jnp.ones(network.batch, bool),
+        "image": np.random.default_rng(0).random(shape, np.float32),
+        "label": np.arange(network.batch) % 10,
+        "valid": np.ones(network.batch, bool),
     }
     optimizers = {"model": optax.sgd(1e-3, momentum=0.9)}
-    make = jax.jit(lambda key: initial_state(task, batch, key, optimizers, {}))
-    state = make(jax.random.key(0))
+    make = lambda key: initial_state(task, batch, key, optimizers, {})  # noqa: E731
+    state = jax.jit(make, out_shardings=replicated(mesh))(jax.random.key(0))
+    batch = put_batch(batch, mesh)
     if not train:
         predict = jax.jit(task.predict)
         return lambda: jax.block_until_ready(
             predict(state.params, state.model_state, batch, jax.random.key(0))
         )
-    train_step = jax.jit(make_train_step(task, optimizers), donate_argnums=0)
+    train_step = jit_step(make_train_step(task, optimizers), mesh)
     compiled = train_step.lower(state, batch).compile()
     holder = [state]
 
