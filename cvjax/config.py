@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from ml_collections import ConfigDict
 
 from cvjax.build import fields_of, resolve
 from cvjax.errors import InputError, nearest
+
+# Objects by names that are free to choose, so that a flag may add one.
+NAMED = ("evaluators", "data.transforms", "data.test_transforms")
 
 
 def read(name: str) -> ConfigDict:
@@ -43,7 +47,8 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
 
     A value takes the type of the one that it replaces. A new `type` makes another object: the
     fields that it does not take are dropped, those that it does take may be set by further
-    flags, in whatever order. Where there is no object yet, but may be one, it makes the first.
+    flags, in whatever order. Where there is no object yet, but may be one, it makes the first;
+    among transforms and evaluators it adds one, as the last, under a name that is not taken.
     `data.on_bad` is that of all sources of `data` that have this field.
     Raises InputError in one line for everything else.
     """
@@ -52,16 +57,21 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     for path, text in types_first:
         *parents, last = path.split(".")
         node, walked = config, "config"
-        for parent in parents:
-            if last == "type" and _may_hold(node, parent, walked):
+        for depth, parent in enumerate(parents, 1):
+            holds = _may_hold(node, parent, walked, within=depth < len(parents))
+            if last == "type" and holds:
                 with node.ignore_type():
                     node[parent] = ConfigDict()
             if not isinstance(node, ConfigDict) or parent not in node:
-                raise InputError(f"--{walked}.{parent}: no such field{_known(node, parent)}")
+                more = "; a new object needs its type, too" if holds else ""
+                known = _known(node, parent, walked)
+                raise InputError(f"--{walked}.{parent}: no such field{known}{more}")
             node, walked = node[parent], f"{walked}.{parent}"
         if not isinstance(node, ConfigDict):
             raise InputError(f"--config.{path}: {walked} is a value, {node!r}, and has no fields")
         flag = f"--config.{path}"
+        if last == "type" and _of_run(walked) in NAMED:
+            raise InputError(f"{flag}: its objects have names; --{walked}.<name>.type adds one")
         if last == "type":
             takes = fields_of(resolve(text, walked))
             kept = {k: v for k, v in node.items() if k != "type" and (takes is None or k in takes)}
@@ -76,7 +86,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
             for source in sources:
                 source[last] = text
         else:
-            raise InputError(f"{flag}: no such field{_known(node, last)}")
+            raise InputError(f"{flag}: no such field{_known(node, last, walked)}")
     return config
 
 
@@ -117,11 +127,20 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} was, {new!r} is"]
 
 
-def _may_hold(node: Any, field: str, path: str) -> bool:
-    """Whether an object can be put at a field of a node where there is none."""
+def _may_hold(node: Any, field: str, path: str, within: bool) -> bool:
+    """Whether an object, or one `within` its field, can be put where a node has none."""
     if not isinstance(node, ConfigDict) or node.get(field) is not None:
         return False
+    if within and _of_run(f"{path}.{field}") in NAMED:
+        return "stages" not in node
+    if _of_run(path) in NAMED:
+        return "type" not in node
     return field in node or ("type" in node and _takes(node["type"], field, path))
+
+
+def _of_run(path: str) -> str:
+    """A path in the config of one run: without "config." and the name of a stage."""
+    return re.sub(r"^config\.(stages\.[^.]+\.)?", "", path)
 
 
 def _takes(type_name: str, field: str, path: str) -> bool:
@@ -141,13 +160,14 @@ def _sources(data: ConfigDict, field: str, path: str) -> list[ConfigDict]:
     return [one for name in ("train", "test") for one in within(data.get(name), f"{path}.{name}")]
 
 
-def _known(node: Any, name: str) -> str:
+def _known(node: Any, name: str, path: str) -> str:
     if not isinstance(node, ConfigDict):
         return ""
-    names = set(node)
+    tails = [place.rpartition(".")[2] for place in NAMED]
+    names = {*node, *(tail for tail in tails if _of_run(f"{path}.{tail}") in NAMED)}
     if "type" in node:
         names |= set(fields_of(resolve(node["type"])) or {})
-    return nearest(name, names)
+    return nearest(name, names - {name})
 
 
 def _replace(node: ConfigDict, fields: Mapping[str, Any]) -> None:

@@ -115,6 +115,46 @@ def test_an_object_where_there_was_none():
         override(config, [("task.mixx.type", "data.transforms.mixing.mixup")])
 
 
+def test_flags_add_transforms_and_evaluators():
+    root = __file__.rsplit("/tests/", 1)[0]
+    usual = "data.transforms.defaults.detection_eval"
+    flip = "data.transforms.geometry.random_flip"
+    flags = [
+        ("data.test_transforms.usual.size", "128"),
+        ("data.test_transforms.usual.type", usual),
+        ("data.transforms.second.type", usual),
+        ("data.transforms.first.type", flip),
+        ("evaluators.x.type", "detection.evaluate.CocoEvaluator"),
+        ("evaluators.x.num_classes", "10"),
+    ]
+    recipe = read(f"{root}/configs/retinanet.py:tiny")
+    changed = buildable(override(recipe, flags))
+    assert changed["data"]["test_transforms"] == {"usual": {"type": usual, "size": 128}}
+    assert list(changed["data"]["transforms"]) == ["second", "first"]
+    assert list(changed["evaluators"]) == ["coco", "x"]
+    assert changed["evaluators"]["x"]["num_classes"] == 10
+    del recipe.evaluators  # absent as in other recipes
+    assert list(buildable(override(recipe, flags))["evaluators"]) == ["x"]
+    stages = override(
+        read(f"{root}/configs/stages.py:tiny"), [(f"stages.masks.{flags[4][0]}", usual)]
+    )
+    assert buildable(stages)["stages"]["masks"]["evaluators"]["x"] == {"type": usual}
+
+    for wrong, message in [
+        ("data.test_transform.usual.type", "did you mean test_transforms"),
+        ("data.trian.type", "did you mean train"),
+        ("evaluator.x.type", "did you mean evaluators"),
+        ("evaluators.type", "no such field"),
+        ("data.transforms.type", r"config\.data\.transforms\.<name>\.type adds one"),
+        ("data.test_transforms.usual.size", "a new object needs its type"),
+        ("evaluators.x.num_clases", "did you mean num_classes"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            override(recipe, [*flags[4:], (wrong, usual)] if "num" in wrong else [(wrong, usual)])
+    with pytest.raises(InputError, match="no such field"):  # none of a run's: nobody would read it
+        override(stages, [("evaluators.x.type", usual)])
+
+
 def test_fields_keep_their_order():
     """Transforms and stages are applied as they were written, also after a flag."""
     config = ConfigDict(dict(transforms=dict(zoom=dict(a=1), flip=dict(b=2), crop=dict(c=3))))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from cvjax.errors import InputError
 
@@ -58,9 +57,12 @@ def sigmoid_cross_entropy(
     and the positive weights v (1 when there are none); v > 1 raises recall, v < 1 precision.
     """
     logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
-    positive = _weighted(targets, "positive_weights", positive_weights) * jax.nn.log_sigmoid(logits)
-    negative = (1 - targets) * jax.nn.log_sigmoid(-logits)
-    return -jnp.mean(_weighted(positive + negative, "class_weights", class_weights), axis=-1)
+    positive = _weighted(targets, "positive_weights", positive_weights)
+    positive, negative = (
+        _times_log(_weighted(weight, "class_weights", class_weights), jax.nn.log_sigmoid(logit))
+        for weight, logit in ((positive, logits), (1 - targets, -logits))
+    )
+    return -jnp.mean(positive + negative, axis=-1)
 
 
 def sigmoid_focal(
@@ -72,8 +74,11 @@ def sigmoid_focal(
     (T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5).
     """
     logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
-    losses = optax.sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=gamma)
-    return jnp.mean(losses, axis=-1)
+    positive = _times_log(targets, jax.nn.log_sigmoid(logits))
+    negative = _times_log(1 - targets, jax.nn.log_sigmoid(-logits))
+    wrong = targets * jax.nn.sigmoid(-logits) + (1 - targets) * jax.nn.sigmoid(logits)
+    weight = 1.0 if alpha is None else alpha * targets + (1 - alpha) * (1 - targets)
+    return -jnp.mean(weight * _power(wrong, gamma) * (positive + negative), axis=-1)
 
 
 def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tarfile
 import zlib
@@ -46,7 +47,7 @@ def unpack_once(
 
 
 def _beside(archive: pathlib.Path) -> pathlib.Path:
-    stem = archive.name.partition(".tar")[0].removesuffix(".tgz")
+    stem = re.sub(r"(?<=.)\.(tar(\.\w+)?|tgz|tbz2|txz)$", "", archive.name)
     return archive.with_name(stem if stem != archive.name else f"{stem}-unpacked")
 
 

@@ -45,7 +45,8 @@ class Detection:
       shown_score: predictions with a lower score are not drawn.
 
     Raises:
-      InputError: a batch has no boxes, or not what is named in `fields`.
+      InputError: a batch has no boxes, or not what is named in `fields`; `weights` names a loss
+        that the model does not have.
     """
 
     model: nn.Module
@@ -152,6 +153,10 @@ class Detection:
     def _measure(self, outputs: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
         truth = self._truth(batch)
         values = self.model.losses(outputs, truth, batch["image"].shape[1:3])
+        if unknown := sorted(set(self.weights) - set(values)):
+            name = unknown[0]
+            raise InputError(f"Detection: weights has {name!r}, no loss of the model's; there are: "
+                             f"{', '.join(values)}")  # fmt: skip
         total = sum(self.weights.get(name, 1.0) * value for name, value in values.items())
         count = jnp.sum(truth["valid"])
         return total, {

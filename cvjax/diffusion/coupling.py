@@ -28,6 +28,8 @@ def optimal_coupling(x: jax.Array, eps: jax.Array, group: jax.Array | None = Non
         return order.astype(np.int32)
 
     batch = len(x)
+    if batch == 0:
+        return eps
     group = jnp.zeros(batch, jnp.int32) if group is None else group
     flat = (jax.lax.stop_gradient(a.reshape(batch, -1)) for a in (x, eps, group))
     return eps[jax.pure_callback(assign, jax.ShapeDtypeStruct((batch,), jnp.int32), *flat)]

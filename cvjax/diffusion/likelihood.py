@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, convert, like, log_snr, perturb, time_at
@@ -36,9 +37,17 @@ def dequantize(pixels: jax.Array, keys: jax.Array, levels: int = 256) -> jax.Arr
     """Integers 0 .. levels - 1, [b, ...], to numbers in [-1, 1): uniform within their level.
 
     The keys [b] are one for each image. A level k is [2 k / levels - 1, 2 (k + 1) / levels - 1).
+    Raises InputError for pixels that are no integers and, outside of jit, of no level.
     """
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise InputError(f"dequantize: pixels are {pixels.dtype}; they must be integers")
+    if not isinstance(pixels, jax.core.Tracer) and pixels.size:
+        low, high = (int(end(np.asarray(pixels))) for end in (np.min, np.max))
+        if low < 0 or high >= levels:
+            raise InputError(
+                f"dequantize: pixels go from {low} to {high}; of {levels} levels they must be in "
+                f"[0, {levels - 1}]"
+            )
     noise = jax.vmap(lambda key: jax.random.uniform(key, pixels.shape[1:]))(keys)
     # Of as many bits as the levels leave in a float32: no sum is rounded up to the next level.
     parts = 2.0 ** (23 - (levels - 1).bit_length())

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.diffusion.process import PARAMETERIZATIONS, Process, log_snr
+from cvjax.errors import InputError
 
 Weighting = Callable[[Process, jax.Array], jax.Array]
 
@@ -36,8 +37,11 @@ def likelihood(process: Process, t: jax.Array) -> jax.Array:
 def min_snr(process: Process, t: jax.Array, *, gamma: float = 5.0) -> jax.Array:
     """min(SNR, gamma) / SNR: as x_0's weight it is the SNR, but never above gamma.
 
-    T. Hang et al., https://arxiv.org/abs/2303.09556, section 3.4.
+    T. Hang et al., https://arxiv.org/abs/2303.09556, section 3.4. Raises InputError unless
+    gamma > 0.
     """
+    if gamma <= 0:
+        raise InputError(f"min_snr: gamma is {gamma}; it must be above 0")
     return jnp.exp(-jnp.maximum(log_snr(process, t) - jnp.log(gamma), 0.0))
 
 
@@ -46,7 +50,10 @@ def edm(process: Process, t: jax.Array, *, sigma_data: float = 0.5) -> jax.Array
 
     T. Karras et al., https://arxiv.org/abs/2206.00364, table 1, where it is x_0's weight and
     divided by s^2: the preconditioned network's error (see `preconditioning`) has the weight 1.
+    Raises InputError unless sigma_data > 0.
     """
+    if sigma_data <= 0:
+        raise InputError(f"edm: sigma_data is {sigma_data}; it must be above 0")
     return 1 + jnp.exp(-log_snr(process, t)) / sigma_data**2
 
 

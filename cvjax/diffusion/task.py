@@ -1,5 +1,6 @@
 """Diffusion: a network learns to take noise away, and noise becomes images."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
-from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, example_keys
+from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
+
+log = logging.getLogger("cvjax")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Diffusion:
         """Raises InputError unless the valid images of a batch on the host are in [0, 1].
 
         And if the sampler does not fit the process: else a run would tell that at its first sample.
+        Logs how many evaluations of the network an image takes.
         """
         check_unit_images(batch)
         shape = tuple(self.image_shape)
@@ -106,6 +110,21 @@ class Diffusion:
         jax.eval_shape(
             lambda keys: self.sampler(answer, self.process, keys, shape, self.sample_steps),
             example_keys(jax.random.key(0), 1),
+        )
+        try:
+            count = evaluations(
+                self.sampler, self.process, self.sample_steps, shape=shape, answer=answer
+            )
+        except InputError:  # it fits, as has just been tried, but has steps of its own
+            count = None
+        is_guided = self.guidance != 1
+        log.info(
+            "an image takes %s evaluations of the network: %s, %s%d steps%s",
+            "a varying number of" if count is None else count * (1 + is_guided),
+            getattr(getattr(self.sampler, "func", self.sampler), "__name__", self.sampler),
+            "at most " if count is None else "",
+            self.sample_steps,
+            f", twice for guidance {self.guidance:g}" if is_guided else "",
         )
 
     def loss(

@@ -4,7 +4,9 @@ A `.pth` file holds a pickle, and a pickle is a program: an instruction to call 
 any arguments is part of the format, which `pickle.load` obeys. Here the program is interpreted
 instead. Dictionaries, lists, numbers and strings are built; a function that it names is never
 looked up: a name is a pair of strings, and of those that torch itself writes for tensors the
-meaning is coded below. A file that asks for anything else is refused.
+meaning is coded below. So is that of what training scripts save beside them: an
+`argparse.Namespace` (whose attributes are left out), a `torch.device` (its name), a set (a list).
+A file that asks for anything else is refused.
 """
 
 import io
@@ -44,6 +46,9 @@ class Name(NamedTuple):
 
     module: str
     name: str
+
+
+NAMESPACE = Name("argparse", "Namespace")
 
 
 class _Refused(Exception):
@@ -224,11 +229,11 @@ def _interpret(file: io.BytesIO) -> Any:
                 stack.append(argument)
             case "EMPTY_DICT":
                 stack.append({})
-            case "EMPTY_LIST":
+            case "EMPTY_LIST" | "EMPTY_SET":
                 stack.append([])
             case "EMPTY_TUPLE":
                 stack.append(())
-            case "TUPLE" | "LIST":
+            case "TUPLE" | "LIST" | "FROZENSET":
                 values = since_mark()
                 stack.append(tuple(values) if opcode.name == "TUPLE" else values)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -249,7 +254,7 @@ def _interpret(file: io.BytesIO) -> Any:
             case "APPEND":
                 value = stack.pop()
                 _extend(stack[-1], [value])
-            case "APPENDS":
+            case "APPENDS" | "ADDITEMS":
                 values = since_mark()
                 _extend(stack[-1], values)
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -268,7 +273,9 @@ def _interpret(file: io.BytesIO) -> Any:
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_called(function, arguments))
-            case "BUILD":  # attributes of a dictionary (`_metadata`), which nobody needs
+            case "NEWOBJ" if stack[-2:] == [NAMESPACE, ()]:
+                stack[-2:] = [{}]
+            case "BUILD":  # attributes (`_metadata` of a dictionary, options), which nobody needs
                 stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise _Refused(f"it sets the state of {_shown(stack[-1])}")
@@ -326,6 +333,16 @@ def _called(function: Any, arguments: Any) -> Any:
             return arguments[0]
         case ("torch", "Size"):
             return tuple(arguments[0])
+        case ("torch", "device"):
+            if any(type(part) not in (str, int) for part in arguments):
+                raise TypeError("a device without a name")
+            return ":".join(map(str, arguments))
+        case ("__builtin__" | "builtins", "set" | "frozenset"):
+            # Not a set: to hash its members could be endless.
+            (members,) = arguments or ([],)
+            if not isinstance(members, list):
+                raise TypeError("a set of what is no list")
+            return members
     raise _Refused(f"it calls {'.'.join(function)}, which a dictionary of weights does not need")
 
 

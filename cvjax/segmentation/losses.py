@@ -92,9 +92,9 @@ def lovasz_softmax(logits: jax.Array, mask: jax.Array, *, ignore: int = IGNORE) 
         errors, truth = errors[order], truth[order] > 0
         # What each next pixel adds to 1 - IoU when it is wrong too, all after it still being right
         # (algorithm 1, with its differences worked out: they would vanish in float32).
-        seen = jnp.cumsum(truth, dtype=jnp.int32)
-        union = seen[-1] + jnp.cumsum(~truth, dtype=jnp.int32).astype(jnp.float32)
-        added = jnp.where(truth, 1.0, (seen[-1] - seen) / jnp.maximum(union - 1, 1))
+        seen, total = jnp.cumsum(truth, dtype=jnp.int32), jnp.sum(truth, dtype=jnp.int32)
+        union = total + jnp.cumsum(~truth, dtype=jnp.int32).astype(jnp.float32)
+        added = jnp.where(truth, 1.0, (total - seen) / jnp.maximum(union - 1, 1))
         return jnp.sum(errors * added / jnp.maximum(union, 1))
 
     losses = jax.vmap(of_class, in_axes=1)(p, truth)

@@ -100,6 +100,15 @@ def test_huge_logits_stay_finite(name):
     assert abs(total(huge, one_hot)) < 1e-3 or "sigmoid" in name  # logits of 0 are unsure
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "distillation"])
+def test_infinite_logits_that_are_right_cost_nothing(name):
+    function, options, _, _ = CASES[name]
+    z, y = jnp.float32([[9.0, -jnp.inf, -9.0, -9.0]]), jnp.float32([[1, 0, 0, 0]])
+    value, gradient = jax.value_and_grad(lambda z: function(z, y, **options).sum())(z)
+    assert value < 1e-3
+    assert jnp.isfinite(gradient).all() and gradient[0, 1] == 0
+
+
 def test_bfloat16_logits_are_summed_in_float32():
     value = losses.softmax_cross_entropy(jnp.bfloat16(LOGITS), jnp.float32(SOFT))
     assert value.dtype == jnp.float32

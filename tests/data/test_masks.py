@@ -179,6 +179,19 @@ def test_the_archive_of_voc_as_the_data_of_a_run(tmp_path, monkeypatch, capfd, e
 # The archive
 
 
+def test_the_folder_of_an_archive_is_named_after_it():
+    for name, folder in {
+        "VOC.tar": "VOC",
+        "VOC.tar.gz": "VOC",
+        "VOC.tgz": "VOC",
+        "my.target.tar": "my.target",
+        "my.tar.photos.tar.xz": "my.tar.photos",
+        "my.target": "my.target-unpacked",
+        ".tar": ".tar-unpacked",
+    }.items():
+        assert archive._beside(Path("a") / name) == Path("a") / folder
+
+
 @pytest.mark.parametrize("mode, name", [("w", "VOC.tar"), ("w:gz", "VOC.tar.gz"), ("w:xz", "VOC")])
 def test_an_archive_is_unpacked_once_and_never_again(tmp_path, mode, name, extractions):
     path = make_archive(tmp_path / "data" / name, mode)

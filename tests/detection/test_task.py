@@ -14,6 +14,7 @@ from cvjax.detection.centernet import CenterNet, CenterNetHead
 from cvjax.detection.fcos import FCOS, FCOSHead
 from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
 from cvjax.detection.task import Detection
+from cvjax.errors import InputError
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
 from cvjax.train.task import Task
@@ -257,3 +258,11 @@ def test_the_picture_has_truth_left_and_prediction_right():
     np.testing.assert_array_equal(picture[2:38, 52:102], batch["image"][0])
     expected = draw.boxes(batch["image"][0], batch["boxes"][0, 1::-1], batch["box_label"][0, 1::-1])
     np.testing.assert_allclose(picture[2:38, 2:52], expected, atol=1e-6)
+
+
+def test_weights_of_losses_that_are_not_there():
+    task, batch = Detection(detector("fcos"), weights={"box": 2.0, "boxes": 1.0}), batch_of()
+    with pytest.raises(
+        InputError, match="weights has 'boxes', .* there are: box, centerness, class"
+    ):
+        jax.eval_shape(task.evaluate, *initialized("fcos"), batch, jax.random.key(0))

@@ -147,6 +147,10 @@ def test_dequantization():
     assert jnp.all(dequantize(jnp.array([[1]]), keys[:1], levels=2) >= 0)
     with pytest.raises(InputError, match="float32; they must be integers"):
         dequantize(pixels / 255, keys)
+    with pytest.raises(InputError, match=r"from 0 to 255; of 16 levels they must be in \[0, 15\]"):
+        dequantize(pixels, keys, levels=16)
+    with pytest.raises(InputError, match="from -1 to 0"):
+        dequantize(jnp.array([[-1, 0]]), keys[:1])
 
 
 def test_images_in_half_precision_and_integers(keys):

@@ -166,6 +166,7 @@ def test_the_coupling_over_devices_and_at_the_edges():
         couple(*(jax.device_put(a, split) for a in (x, eps))), couple(x, eps)
     )
     np.testing.assert_array_equal(couple(x[:1], eps[:1]), eps[:1])
+    assert couple(x[:0], eps[:0]).shape == (0, 4)
     zeros = jnp.zeros((4, 2))
     np.testing.assert_array_equal(jnp.sort(couple(zeros, eps[:4, :2]), 0), np.sort(eps[:4, :2], 0))
     gradient = jax.grad(lambda e: jnp.sum(optimal_coupling(x, e) * x))(eps)
@@ -290,3 +291,12 @@ def test_learned_variances_make_few_steps_exact():
     expected = (gain**2 * (alpha**2 * s**2 + sigma**2)) ** 0.5
     # 4 standard errors of a standard deviation of 50,000 draws, and what is left at t = 0.
     np.testing.assert_allclose(jnp.std(x), expected[0], rtol=0.015)
+
+
+@pytest.mark.parametrize(
+    "weighting, field", [(losses.min_snr, "gamma"), (losses.edm, "sigma_data")]
+)
+def test_settings_of_weightings_without_a_meaning(weighting, field):
+    for value in (0.0, -1.0):
+        with pytest.raises(InputError, match=f"{field} is {value}; it must be above 0"):
+            weighting(FlowMatching(), jnp.array([0.5]), **{field: value})

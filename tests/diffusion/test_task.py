@@ -12,8 +12,8 @@ import pytest
 from cvjax.diffusion.learned_variance import ddpm_learned
 from cvjax.diffusion.preconditioning import Preconditioned
 from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, logit_normal, uniform
-from cvjax.diffusion.samplers import ddim, dpm_solver_2m, euler_maruyama, heun, unipc
-from cvjax.diffusion.task import Diffusion
+from cvjax.diffusion.samplers import adaptive, ddim, dpm_solver_2m, euler_maruyama, heun, unipc
+from cvjax.diffusion.task import Diffusion, LearnedVariance
 from cvjax.errors import InputError
 from cvjax.nn.unet import UNet
 from cvjax.train.state import TrainState
@@ -283,3 +283,21 @@ def test_the_times_of_evaluation_are_stratified():
     padded = batch_of() | dict(valid=jnp.array([1, 0, 1, 1, 0, 0, 0, 0], bool))
     task.evaluate({"network": {}}, {}, padded, jax.random.key(0))
     np.testing.assert_allclose(seen[1][jnp.array([0, 2, 3])], np.array([1, 3, 5]) / 6, rtol=1e-6)
+
+
+def test_a_run_says_what_a_sample_costs(caplog):
+    caplog.set_level("INFO", "cvjax")
+    for fields, message in (
+        (
+            dict(sampler=heun, sample_steps=10),
+            "takes 19 evaluations of the network: heun, 10 steps",
+        ),
+        (dict(sampler=functools.partial(ddim, eta=1.0), guidance=2.5, sample_steps=3), "takes 6 "),
+        (dict(sampler=adaptive, guidance=2.0), "a varying number of"),
+    ):
+        task_of(Linear(), **fields).check(batch_of())
+        assert message in caplog.messages[-1]
+        assert ("twice for guidance" in caplog.messages[-1]) == ("guidance" in fields)
+    learned = dict(num_classes=CLASSES, image_shape=SHAPE, sampler=ddpm_learned, sample_steps=7)
+    LearnedVariance(Linear(), VariancePreserving(), **learned).check(batch_of())
+    assert "takes 7 evaluations of the network: ddpm_learned, 7 steps" in caplog.messages[-1]

@@ -1,5 +1,6 @@
 """Files that torch wrote, files that want something executed, and damaged ones."""
 
+import argparse
 import io
 import os
 import pickle
@@ -44,6 +45,34 @@ def test_what_torch_wrote(name):
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
     root = read_torch(HERE / WRITTEN[0])
     assert root["epoch"] == 3 and root["optimizer"] == {"lr": [0.1, None, True]}
+
+
+def test_what_training_scripts_save_beside_the_weights(tmp_path):
+    """Options, devices and sets, as torch pickles them, are values; their classes are not made."""
+    weight = tensor()[2:-1]  # {"w": tensor}
+    device = b"ctorch\ndevice\nX\x04\x00\x00\x00cudaK\x00\x86R"
+    sets = b"c__builtin__\nset\n](K\x01X\x01\x00\x00\x00ae\x85R", b"\x8f(K\x02\x90", b"(K\x03\x91"
+    options = pickle.dumps(argparse.Namespace(lr=0.1, crop=[3, 32], amp=None), 2)[2:-1]
+    keys = [b"X%c\x00\x00\x00%s" % (len(k), k) for k in (b"state_dict", b"args", b"d", b"s")]
+    values = (weight, options, device, b"(" + b"".join(sets) + b"t")
+    items = b"".join(key + value for key, value in zip(keys, values, strict=True))
+    file = tmp_path / "weights.pth"
+    as_zip(file, b"\x80\x02}(" + items + b"u.", **{"data/0": bytes(16)})
+    root = read_torch(file)
+    assert root["args"] == {}
+    assert root["d"] == "cuda:0" and root["s"] == ([1, "a"], [2], [3])
+    assert read_weights(file)["w"].shape == (4,)
+    # The same words for another class are refused; so is one with arguments.
+    for other in (
+        options.replace(b"Namespace", b"FileType"),
+        options.replace(b")\x81", b"K\x01\x85\x81"),
+        b"cargparse\nNamespace\n)R",
+        b"ctorch\ndevice\n]\x85R",
+    ):
+        assert other != options
+        as_zip(file, b"\x80\x02" + other + b".")
+        with pytest.raises(InputError, match="is refused|is not a whole file"):
+            read_torch(file)
 
 
 class Calls:
@@ -180,6 +209,8 @@ ENDLESS = {
         b"ctorch._utils\n_rebuild_tensor_v2\n(" + NUMBERS + b"K\x06tQK\x00h\x3c\x85K\x01\x85tR."
     ),
     "reference": nested(b"(h\x3c" + NUMBERS[NUMBERS.index(b"ctorch") :] + b"K\x06tQ."),
+    "set": nested(b"cbuiltins\nset\nh\x3c\x85R."),
+    "namespace": nested(b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00ah\x3csb."),
     "length": nested(NUMBERS + b"h\x3ctQ."),
     "key": nested(b"}h\x3cK\x01s."),
     "root": nested(b"h\x3c."),

@@ -154,6 +154,13 @@ def test_nothing_counts(name):
     assert value == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_pixels_at_all(name):
+    mask = jnp.zeros((2, 0, 3), jnp.int32)
+    value, gradient = jax.value_and_grad(LOSSES[name])(jnp.zeros((2, 0, 3, 4)), mask)
+    assert value == 0 and gradient.shape == (2, 0, 3, 4)
+
+
 def test_only_classes_without_weight():
     logits, mask = case(classes=(2,))
     value, gradient = jitted("weighted")(jnp.float32(logits), mask)

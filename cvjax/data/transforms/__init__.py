@@ -24,9 +24,10 @@ y goes down; the centre of the first pixel is (0.5, 0.5). A 3x3 matrix maps the 
 old image to those of the new one, and one such matrix moves all fields (`fields.py`). Where the
 new image shows what the old one did not have, `image` has the fill that was asked for, `mask` 255
 and `masks` False. Boxes are clipped to the new image. An object that is outside of it is gone, and
-its row with it in all fields that have one for each object; a point that is outside has visibility
-0. `area` becomes that of the part of its box that is left. An example with `box_valid`, bool [n],
-is padded: it keeps its number of rows, and the objects that are left come before rows of zeros.
+its row with it in all fields that have one for each object; so is one that was cut, if of its mask
+no pixel is left, though the box reach in. A point that is outside has visibility 0. `area` becomes
+that of the part of its box that is left. An example with `box_valid`, bool [n], is padded: it keeps
+its number of rows, and the objects that are left come before rows of zeros.
 
 | file | what is in it |
 |---|---|

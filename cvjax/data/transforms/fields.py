@@ -129,6 +129,7 @@ def _moved(
                 f"not {masks.dtype} {list(masks.shape)}"
             )
         result["masks"] = area(masks, 0)
+        is_lost = masks.any(axis=(1, 2)) & ~result["masks"].any(axis=(1, 2))
     if "scale" in result:
         middle = np.array([[picture.shape[1], picture.shape[0]]]) / 2
         result["scale"] = np.float32(result["scale"] * np.sqrt(_enlarged(matrix, middle)[0]))
@@ -143,6 +144,13 @@ def _moved(
     if "keypoints" in result:
         points = moved_points(matrix, result["keypoints"][..., :2]).astype(np.float32)
         result["keypoints"] = np.concatenate([points, result["keypoints"][..., 2:]], axis=-1)
+    if "masks" in result and "boxes" in result:
+        # Of an object that is cut the box may be in view, but no pixel: nobody could find it. One
+        # that is whole has become too small for a pixel of its own: it stays.
+        height, width = result["image"].shape[:2]
+        x1, y1, x2, y2 = result["boxes"].T
+        is_whole = (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)
+        result = kept(result, is_whole | ~is_lost)
     result = visible(result)
     return result if rows is None else padded(result, rows)
 

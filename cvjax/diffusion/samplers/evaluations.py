@@ -6,15 +6,23 @@ from typing import Any
 import jax
 
 from cvjax.diffusion.process import Process
-from cvjax.diffusion.samplers.integration import example_keys
+from cvjax.diffusion.samplers.integration import Denoise, Shape, example_keys
 from cvjax.errors import InputError
 
 
-def evaluations(sampler: Callable[..., jax.Array], process: Process, steps: int) -> int:
+def evaluations(
+    sampler: Callable[..., jax.Array],
+    process: Process,
+    steps: int,
+    *,
+    shape: Shape = (1,),
+    answer: Denoise = lambda x, t: x,
+) -> int:
     """Evaluations of `denoise` for one image, counted in the sampler's own program.
 
     Args:
       sampler: one of `cvjax.diffusion.samplers`, its settings bound.
+      shape, answer: of an image, and of what `denoise` gives, for a sampler that minds these.
 
     Raises:
       InputError: the number is not known beforehand; `adaptive.solve` returns it.
@@ -22,10 +30,10 @@ def evaluations(sampler: Callable[..., jax.Array], process: Process, steps: int)
 
     @jax.jit  # a function with a name stays one equation of the program
     def network_evaluation(x: jax.Array, t: jax.Array) -> jax.Array:
-        return x
+        return answer(x, t)
 
     def sample(keys: jax.Array) -> jax.Array:
-        return sampler(network_evaluation, process, keys, (1,), steps)
+        return sampler(network_evaluation, process, keys, shape, steps)
 
     return _count(jax.make_jaxpr(sample)(example_keys(jax.random.key(0), 1)).jaxpr)
 

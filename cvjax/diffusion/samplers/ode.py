@@ -76,6 +76,11 @@ def heun(
     grid = time_steps(times, process, steps)
     ratio = at_times(process.sigma, grid) / at_times(process.alpha, grid)
     is_churned = (s_min <= ratio[:-1]) & (ratio[:-1] <= s_max)
+    if s_churn and steps == 1:
+        raise InputError(
+            f"heun: s_churn is {s_churn}, but the only step begins at t = 1, beyond which there is "
+            "no noise; set s_churn=0 or take more steps"
+        )
     if s_churn and not is_churned[1:].any():
         raise InputError(
             f"heun: s_churn is {s_churn}, but no step begins at a noise level in [{s_min}, "

@@ -306,6 +306,29 @@ def test_what_leaves_the_image_goes_with_all_that_is_known_of_it():
     np.testing.assert_array_equal(result["mask"], given["mask"][5:15, 5:12])
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_of_an_object_with_a_mask_a_pixel_must_be_left(is_padded):
+    """The box of a diagonal has corners with nothing in them."""
+    masks = np.zeros((4, 8, 8), bool)
+    masks[0] = np.eye(8, dtype=bool)
+    masks[1, 2, 5], masks[2, 3, 7] = True, True  # the second is whole, the last has no mask
+    given = {
+        "image": np.zeros((8, 8, 1), np.uint8),
+        "boxes": np.float32([[0, 0, 8, 8], [5, 2, 6, 3], [3, 3, 8, 4], [4, 0, 8, 4]]),
+        "masks": masks,
+        "box_labels": np.arange(4),
+    }
+    if is_padded:
+        given["box_valid"] = np.ones(4, bool)
+    result = fields.crop(given, 0, 5, 4, 2)  # columns 5 and 6 of rows 0 to 3
+    assert result["box_labels"].tolist() == ([1, 3, 0, 0] if is_padded else [1, 3])
+    if is_padded:
+        assert result["box_valid"].tolist() == [True, True, False, False]
+    # By becoming smaller alone no object is lost, even if no pixel samples its mask.
+    small = fields.resize(given, 3)
+    assert not small["masks"][1].any() and small["box_labels"].tolist() == [0, 1, 2, 3]
+
+
 def test_a_box_that_touches_the_image_from_outside_is_gone_and_a_point_in_it_stays():
     boxes = np.float32(
         [[-3, 0, 0, 5], [9, 0, 12, 3], [8.99, 0, 12, 3], [4, 4, 4, 4], [-9, -9, -1, -1]]
