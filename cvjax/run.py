@@ -166,13 +166,15 @@ def check_class_names(train: Any, test: Any) -> None:
 
     So it happens when a folder of a class is missing. Sets with no class in common are fine.
     """
-    ours, theirs = (list(getattr(source, "class_names", None) or ()) for source in (train, test))
+    ours, theirs = (
+        {name: number for number, name in enumerate(getattr(source, "class_names", None) or ())}
+        for source in (train, test)
+    )
     for name in ours:
-        if name in theirs and ours.index(name) != theirs.index(name):
+        if name in theirs and ours[name] != theirs[name]:
             raise InputError(
-                f"config.data.test: {name!r} is class {theirs.index(name)} of {len(theirs)}, but "
-                f"{ours.index(name)} of {len(ours)} in config.data.train: both must have the same "
-                "classes"
+                f"config.data.test: {name!r} is class {theirs[name]} of {len(theirs)}, but "
+                f"{ours[name]} of {len(ours)} in config.data.train: both must have the same classes"
             )
 
 

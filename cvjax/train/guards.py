@@ -87,6 +87,6 @@ class NonFiniteGuard:
             names = ", ".join(name.removeprefix("nonfinite/") for name in bad)
             raise NonFiniteError(
                 f"{names} not finite at step {step} and in the {self.in_a_row} steps up to it; "
-                "see that every label is a class, or try a lower learning rate or clip_norm"
+                "try a lower learning rate or clip_norm"
             )
         return not bad
