@@ -247,8 +247,9 @@ def test_a_batch_is_learned_by_heart():
             batch["keypoints"][row, i] = [[middle[0], y1 + 1, 2], [x1 + 1, middle[1], 1]]
             batch["price"][row, i] = batch["box_label"][row, i]
     steps = 250
-    # Smaller steps at the end: else where it stands after the last one is a matter of rounding.
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+    # Smaller steps at the end, and half as large as it could bear: else where it stands after the
+    # last one is a matter of rounding (22 keys of the samples all pass, at 1e-2 five of six).
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
     params, model_state = initialized()
     moments = jax.jit(optimizer.init)(params)
 
