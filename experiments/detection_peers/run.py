@@ -99,6 +99,8 @@ def make(name: str, settings: dict) -> nn.Module:
         ]
         anchors = AnchorGenerator(tuple(sizes), (tuple(settings["ratios"]),) * 2)
         tower = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm)
+        for part in (tower.classification_head, tower.regression_head):
+            part.conv = part.conv[: head["depth"]]  # torchvision always makes four layers
         return RetinaNet(backbone, classes, anchor_generator=anchors, head=tower, **options)
     # torchvision's levels are for sides of 4 to 8 "anchors", ours of reach / 2 to reach strides.
     share = settings["reach"] / 8
