@@ -77,6 +77,7 @@ class MobileNetV3(nn.Module):
       width: factor of all numbers of channels, which stay multiples of 8; the paper has also 0.75.
         As in the authors' code a block expands what comes in by the ratio that it has at width 1,
         and the layer before the last never becomes narrower (torchvision scales both).
+      stem: channels of the first convolution, if not 16 times `width`: timm's narrow ones keep 16.
       blocks: rows in place of those of `size`.
       padding: "symmetric" as in torchvision, or "same" for weights trained with TensorFlow.
       epsilon: of the norms; timm's own weights (without tf_) have 1e-5.
@@ -91,6 +92,7 @@ class MobileNetV3(nn.Module):
     size: str = "large"
     num_classes: int = 1000
     width: float = 1.0
+    stem: int | None = None
     blocks: tuple[Row, ...] | None = None
     padding: str = "symmetric"
     epsilon: float = 1e-3
@@ -109,6 +111,8 @@ class MobileNetV3(nn.Module):
                 )
         if not self.width > 0:
             raise InputError(f"MobileNetV3: width is {self.width!r}; it must be above 0")
+        if self.stem is not None and self.stem < 1:
+            raise InputError(f"MobileNetV3: stem is {self.stem!r}; it must be at least 1")
         if self.blocks is not None and not self.blocks:
             raise InputError("MobileNetV3: blocks is empty; it must name at least one")
         super().__post_init__()
@@ -128,15 +132,17 @@ class MobileNetV3(nn.Module):
         rows = self.rows
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
         norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
-        self.stem_conv, self.stem_norm = conv(divisible(STEM * self.width), 3, 2), norm()
+        stem = self.stem or divisible(STEM * self.width)
+        self.stem_conv, self.stem_norm = conv(stem, 3, 2), norm()
         make_block = (
             nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
         )
         rates = drop_rates(self.stochastic_depth, len(rows))
         before = [STEM, *(row.features for row in rows)]  # channels that come in, at width 1
+        entering = [stem, *(divisible(row.features * self.width) for row in rows)]
         expanded = [
-            divisible(divisible(channels * self.width) * row.expanded / channels)
-            for channels, row in zip(before, rows, strict=False)
+            divisible(now * row.expanded / channels)
+            for now, channels, row in zip(entering, before, rows, strict=False)
         ]
         self.block = [
             make_block(
