@@ -2,8 +2,9 @@
 
 RetinaNet (arXiv:1708.02002) on a small residual network with a feature pyramid; scenes of one to
 six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits:
-0.613, 0.607 and 0.612 box AP (COCO, .50:.95) on 500 held-out scenes with the seeds 0, 1 and 2,
-after 1,050 CPU-seconds each, 12 minutes on two cores.
+0.618 box AP (COCO, .50:.95) on 500 held-out scenes with seed 0, after 15 minutes on one core. Muon
+(https://kellerjordan.github.io/posts/muon) takes half the steps of AdamW: with that and a rate of
+4e-3 it was 0.613, 0.607 and 0.612 (seeds 0, 1, 2) after 8,000.
 
     python main.py --config=configs/retinanet.py
 """
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 8000
+    config.steps = 4500
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 4000
+    config.evaluate_every = 2250
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
@@ -69,8 +70,12 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.evaluators = dict(coco=dict(type="detection.evaluate.CocoEvaluator", num_classes=10))
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adamw", b2=0.99),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=4e-3, pct_start=0.1),
+        transform=dict(
+            type="optax.contrib.muon",
+            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            adam_b2=0.99,
+        ),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.1),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=5.0,
         accumulate=1,
@@ -82,6 +87,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.log_every, config.evaluate_every = 2, 4
         config.data.train.update(count=32, size=64)
         config.data.test.update(count=16, size=64)
+        config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
         config.task.model.encoder.backbone.backbone.width = 4
         config.task.model.encoder.fpn.features = config.task.model.head.features = 8
         config.task.model.head.depth = 1
