@@ -9,7 +9,7 @@ of which sees other digits.
 
 20 minutes on one busy core. Of 1,000 samples (seed 0): FD-digits 3.5 (held-out real digits in their
 place 0.13), precision .712 (.931), recall .958 (.945): most are digits, a quarter is none. The
-non-saturating loss of configs/dcgan.py takes a third of the time and gives 2.3.
+non-saturating loss of configs/dcgan.py takes less than half the time and gives 2.3.
 
 Weight clipping (Arjovsky et al. 2017, arXiv:1701.07875) in place of the penalty:
 
