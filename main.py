@@ -6,8 +6,11 @@ python main.py --mode=evaluate --workdir=runs/diffusion
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
+
+from jax.errors import JaxRuntimeError
 
 from cvjax import config as configs
 from cvjax.errors import InputError, nearest
@@ -35,6 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except JaxRuntimeError as error:
+        # What a compiled program's callback raises comes as the last line of a traceback in text.
+        raised = re.search(rf"{InputError.__name__}: (.+)", str(error))
+        if raised is None or "--debug" in arguments:
+            raise
+        print(f"error: {raised[1]}", file=sys.stderr)
+        return 2
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -70,4 +80,5 @@ if __name__ == "__main__":
     # Here, not in main(), and by force: an imported package may have set up logging before us.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("cvjax").setLevel(logging.INFO)
+    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)  # it is raised as well
     sys.exit(main())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -132,6 +133,19 @@ def test_a_class_has_the_same_number_among_held_out_examples():
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="there is no such file"):
         main.main(["--config=nowhere.py", "--debug"])
+
+
+def test_what_a_compiled_program_refuses_is_one_line_too(monkeypatch, capfd):
+    def refuse(x):
+        raise InputError(f"x is {x}")
+
+    program = jax.jit(lambda x: jax.pure_callback(refuse, x, x))
+    monkeypatch.setattr(main, "run", lambda *_: program(np.int32(3)).block_until_ready())
+    arguments = [f"--config={LINEAR}", "--workdir=run"]
+    assert main.main(arguments) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "error: x is 3"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main.main([*arguments, "--debug"])
 
 
 def linear(workdir, *flags, **options):

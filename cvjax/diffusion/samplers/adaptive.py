@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process
@@ -27,8 +28,12 @@ def adaptive(
     so that it does not depend on its neighbours; a batch takes as many as its slowest image.
 
     Args:
-      steps: the most that it may take; if it needs more, the program stops with an error.
+      steps: the most that it may take.
       rtol, atol: the error of a step is to be below atol + rtol |x|.
+
+    Raises:
+      InputError: an image needs more steps. It comes out of a compiled program as text, inside of
+        a JaxRuntimeError.
     """
     return solve(denoise, process, keys, shape, steps, rtol=rtol, atol=atol, start=start)[0]
 
@@ -68,7 +73,7 @@ def solve(
         )
         return jax.core.eval_jaxpr(program.jaxpr, held, x, t)[0], True
 
-    def solve_one(x: jax.Array, held: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def solve_one(x: jax.Array, held: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, x, held: one(x, jnp.asarray(t, x.dtype), held)),
             diffrax.Dopri5(),
@@ -79,11 +84,26 @@ def solve(
             args=held,
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
             max_steps=steps,
+            throw=False,
         )
         # Six new evaluations in each step, accepted or not, and two to find the first length.
-        return solution.ys[0], 6 * solution.stats["num_steps"] + 2
+        number = 6 * solution.stats["num_steps"] + 2
+        return solution.ys[0], number, solution.result == diffrax.RESULTS.successful
 
-    return jax.vmap(solve_one, (0, None))(x, [jnp.asarray(c) for c in program.consts])
+    def check(is_done: jax.Array) -> np.ndarray:
+        if missing := int(np.sum(~np.asarray(is_done))):
+            raise InputError(
+                f"the adaptive sampler did not end after {steps} steps for {missing} of "
+                f"{len(is_done)} images; give it more steps, or an rtol above {rtol} and an atol "
+                f"above {atol}"
+            )
+        return np.ones((), bool)
+
+    images, number, is_done = jax.vmap(solve_one, (0, None))(
+        x, [jnp.asarray(c) for c in program.consts]
+    )
+    are_done = jax.pure_callback(check, jax.ShapeDtypeStruct((), bool), is_done)
+    return jnp.where(are_done, images, jnp.nan), number
 
 
 def _diffrax():
