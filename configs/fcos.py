@@ -2,8 +2,9 @@
 
 FCOS (arXiv:1904.01355) on a small residual network with a feature pyramid; scenes of one to
 six real MNIST digits that may overlap, among clutter; the held-out ones have held-out digits:
-0.625, 0.619 and 0.626 box AP (COCO, .50:.95) on 500 held-out scenes with the seeds 0, 1 and 2,
-after 900 CPU-seconds each, 15 minutes on one core.
+0.628 box AP (COCO, .50:.95) on 500 held-out scenes with seed 0 after 4,000 steps. Muon
+(https://kellerjordan.github.io/posts/muon) takes little more than half the steps of AdamW: with
+that and a rate of 4e-3 it was 0.625, 0.619 and 0.626 (seeds 0, 1, 2) after 7,200.
 
     python main.py --config=configs/fcos.py
 """
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 7200
+    config.steps = 4000
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 3600
+    config.evaluate_every = 2000
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
     config.data = dict(
@@ -66,8 +67,12 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.evaluators = dict(coco=dict(type="detection.evaluate.CocoEvaluator", num_classes=10))
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adamw", b2=0.99),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=4e-3, pct_start=0.1),
+        transform=dict(
+            type="optax.contrib.muon",
+            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            adam_b2=0.99,
+        ),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.1),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=5.0,
         accumulate=1,
@@ -79,6 +84,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
         config.log_every, config.evaluate_every = 2, 4
         config.data.train.update(count=32, size=64)
         config.data.test.update(count=16, size=64)
+        config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
         config.task.model.encoder.backbone.backbone.width = 4
         config.task.model.encoder.fpn.features = config.task.model.head.features = 8
         config.task.model.head.depth = 1

@@ -1,7 +1,11 @@
 """The one exception that is shown to a person as a single line, without a traceback."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+
+from jax.errors import JaxRuntimeError
 
 
 class InputError(ValueError):
@@ -10,6 +14,21 @@ class InputError(ValueError):
     The message is one line: what was given, the value found, and what would be right.
     `main.py` prints it and exits with code 2; anywhere else it is an ordinary ValueError.
     """
+
+
+@contextlib.contextmanager
+def from_callbacks() -> Iterator[None]:
+    """What a callback of a compiled program refused is raised as that InputError.
+
+    JAX raises a JaxRuntimeError, the text of which ends with the callback's traceback.
+    """
+    try:
+        yield
+    except JaxRuntimeError as error:
+        raised = re.search(rf"{InputError.__name__}: (.+)", str(error))
+        if raised is None:
+            raise
+        raise InputError(raised[1]) from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, from_callbacks, nearest
 from cvjax.train.evaluation import eval_loader_of, evaluate
 from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
@@ -118,6 +118,7 @@ def _newest_state(built: dict[str, Any], workdir: Path) -> TrainState:
     )  # fmt: skip
 
 
+@from_callbacks()
 def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) -> int:
     plain, built = configs.save_json(config), _built(config, built)
     if mode == "train":

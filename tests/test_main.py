@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 
 import main
-from cvjax.errors import InputError
+from cvjax.errors import InputError, from_callbacks
 from cvjax.run import check_class_names, load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
@@ -135,17 +136,15 @@ def test_debug_shows_the_traceback():
         main.main(["--config=nowhere.py", "--debug"])
 
 
-def test_what_a_compiled_program_refuses_is_one_line_too(monkeypatch, capfd):
+def test_what_a_compiled_program_refuses_is_an_input_error():
     def refuse(x):
-        raise InputError(f"x is {x}")
+        raise InputError(f"x is {x}; 4 would do") if x == 3 else TypeError("no InputError")
 
     program = jax.jit(lambda x: jax.pure_callback(refuse, x, x))
-    monkeypatch.setattr(main, "run", lambda *_: program(np.int32(3)).block_until_ready())
-    arguments = [f"--config={LINEAR}", "--workdir=run"]
-    assert main.main(arguments) == 2
-    assert capfd.readouterr().err.splitlines()[-1] == "error: x is 3"
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        main.main([*arguments, "--debug"])
+    with pytest.raises(InputError, match=r"^x is 3; 4 would do$"), from_callbacks():
+        program(np.int32(3)).block_until_ready()
+    with pytest.raises(JaxRuntimeError, match="TypeError"), from_callbacks():
+        program(np.int32(4)).block_until_ready()
 
 
 def linear(workdir, *flags, **options):
