@@ -8,8 +8,8 @@ import os
 import sys
 
 if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # Arrays in large pages of memory, which can only be asked for before Python begins: the kernel
-    # took a fifth of a training step of Mask R-CNN on a CPU to give out 57,000 small ones.
+    # Arrays in large pages of memory, to be asked for before Python begins: the kernel took a fifth
+    # of a training step of Mask R-CNN to give out 57,000 small ones (experiments/large_pages).
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
