@@ -7,9 +7,9 @@ python main.py --mode=evaluate --workdir=runs/diffusion
 import os
 import sys
 
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # Arrays in large pages of memory, to be asked for before Python begins: the kernel took a fifth
-    # of a training step of Mask R-CNN to give out 57,000 small ones (experiments/large_pages).
+is_plain = sys.platform == "linux" and sys.orig_argv[1:] == sys.argv  # not in a debugger
+if __name__ == "__main__" and is_plain and "GLIBC_TUNABLES" not in os.environ:
+    # Large pages of memory, to be asked for before Python begins (experiments/large_pages).
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
