@@ -216,12 +216,13 @@ def test_the_worst_come_first_and_are_framed(channels):
     task = Classification(Linear())
     batch = batch_of(3, channels)
     params, model_state = task.init(jax.random.key(0), batch)
-    logits = task.predict(params, model_state, batch, jax.random.key(0))["logits"]
+    logits = np.asarray(task.predict(params, model_state, batch, jax.random.key(0))["logits"])
     batch["label"] = np.array(logits.argmax(-1), np.int32)
     batch["label"][1] = logits[1].argmin()
     batch["valid"][2] = False
 
     picture = jax.jit(task.visualize)(params, model_state, batch, jax.random.key(0))["worst"]
+    picture = np.asarray(picture)
     # Three images of 9 pixels, framed with 1, in cells with 1 pixel of black between them.
     assert picture.shape == (13, 37, 3)
     assert picture.min() >= 0 and picture.max() <= 1
@@ -282,8 +283,10 @@ def test_mixing_trains_on_the_mixed_images_and_targets(mix):
     batch["label"][[1, 4]] = -1
     seen = []
 
+    jitted = jax.jit(mix)
+
     def remember(images, rng, valid):
-        seen.append(mix(images, rng, valid))
+        seen.append(jitted(images, rng, valid))
         return seen[-1]
 
     task = Classification(Linear(), label_smoothing=0.1, mix=remember)
@@ -293,7 +296,7 @@ def test_mixing_trains_on_the_mixed_images_and_targets(mix):
     mixed = seen[0]
     targets = np.eye(CLASSES)[np.maximum(batch["label"], 0)]
     share = np.asarray(mixed.share)[:, None]
-    soft = share * targets + (1 - share) * targets[mixed.partner]
+    soft = share * targets + (1 - share) * targets[np.asarray(mixed.partner)]
     same = {**batch, "image": mixed.images, "label": soft.astype(np.float32)}
     plain = Classification(Linear(), label_smoothing=0.1)
     expected, (_, expected_metrics) = plain.loss(params, state, same, jax.random.key(0))

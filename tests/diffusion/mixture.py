@@ -1,5 +1,7 @@
 """A Gaussian mixture in the plane, of which all is known: what takes a network's place in tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,20 +27,24 @@ def _towards(x, alpha, sigma):
     return joint, jnp.einsum("kij,nkj->nki", axes, away / variances)
 
 
+@jax.jit
 def log_joint(x, alpha, sigma):
     """log p(x_t, component), [n, k]."""
     return _towards(x, alpha, sigma)[0]
 
 
+@jax.jit
 def log_density(x, alpha=1.0, sigma=0.0):
     """log p(x_t), [n]."""
     alpha, sigma = (jnp.broadcast_to(factor, len(x)) for factor in (alpha, sigma))
     return jax.nn.logsumexp(log_joint(x, alpha, sigma), axis=-1)
 
 
+@functools.cache
 def exact(process, component=None):
     """E[x_0 | x_t], of all or of one component, as what the process predicts."""
 
+    @jax.jit
     def denoise(x, t):
         alpha, sigma = process.alpha(t), process.sigma(t)
         joint, towards = _towards(x, alpha, sigma)
@@ -70,7 +76,9 @@ def assert_is_mixture(x, bias):
     sqrt(C_ii / (n w)), its covariance sqrt((C_ii C_jj + C_ij^2) / (n w)).
     """
     n = len(x)
-    of = np.asarray(jax.nn.softmax(log_joint(x, jnp.ones(n), jnp.zeros(n))), np.float64)
+    of = np.asarray(
+        jax.nn.softmax(log_joint(x, np.ones(n, np.float32), np.zeros(n, np.float32))), np.float64
+    )
     x = np.asarray(x, np.float64)
     share = of.mean(axis=0)
     means = (of.T @ x) / (n * share[:, None])

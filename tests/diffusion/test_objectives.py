@@ -28,11 +28,13 @@ class Doubled(nn.Module):
         return nn.Conv(2, (3, 3))(x) + t[:, None, None, None] + label[:, None, None, None]
 
 
+TIMES = (np.arange(8, dtype=np.float32) + 0.5) / 8
+
+
 def errors_of(task, params, batch):
     image, label = task._clean(batch)
-    eps = jax.random.normal(jax.random.key(7), image.shape)
-    t = (jnp.arange(8) + 0.5) / 8
-    return jax.jit(lambda p: task._errors(p, image, label, t, eps))(params), eps
+    eps = np.random.default_rng(7).standard_normal(image.shape).astype(np.float32)
+    return jax.jit(lambda p: task._errors(p, image, label, TIMES, eps))(params), eps
 
 
 def test_a_weighting_multiplies_the_errors():
@@ -44,8 +46,7 @@ def test_a_weighting_multiplies_the_errors():
         errors_of(task, params, batch)
         for task in (plain, task_of(Linear(), process=process, weighting=weighting))
     )
-    t = (jnp.arange(8) + 0.5) / 8
-    expected = losses.of_prediction(weighting, process, t) * without
+    expected = jax.jit(lambda: losses.of_prediction(weighting, process, TIMES))() * without
     np.testing.assert_allclose(weighted, expected, rtol=1e-5)
 
 
@@ -56,7 +57,7 @@ def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
         seen.append((image, eps, group))
         return optimal_coupling(image, eps, group)
 
-    batch = batch_of() | dict(valid=jnp.arange(8) < 7)
+    batch = batch_of() | dict(valid=np.arange(8) < 7)
     task = task_of(Linear(), coupling=spy, class_dropout=0.5)
     params, state = start(task, batch)
     losses_of = [
@@ -79,7 +80,7 @@ def test_rows_that_are_not_valid_take_no_noise_from_others():
         seen.append((eps, optimal_coupling(image, eps, group)))
         return seen[0][1]
 
-    valid = jnp.arange(8) % 2 == 0
+    valid = np.arange(8) % 2 == 0
     task = task_of(Linear(), coupling=spy, num_classes=0)
     batch = {"image": batch_of()["image"], "valid": valid}
     params, state = start(task, batch)
@@ -131,19 +132,23 @@ def test_the_hybrid_loss(simple):
     task, batch = hybrid(simple_weight=simple, bound_weight=0.01, bound_steps=50), batch_of()
     params, _ = start(task, batch)
     found, eps = errors_of(task, params, batch)
-    t = jnp.ceil((jnp.arange(8) + 0.5) / 8 * 50) / 50
     image, label = task._clean(batch)
-    x = perturb(task.process, image, eps, t)
-    prediction, v = jnp.split(task.network.apply({"params": params["network"]}, x, t, label), 2, -1)
-    bound = variational_bound(
-        task.process, prediction, (v + 1) / 2, image, x, t, t - 1 / 50
-    )  # fmt: skip
-    squares = jnp.mean((prediction - eps) ** 2, axis=(1, 2, 3))
+
+    @jax.jit
+    def terms(params):
+        t = jnp.ceil(TIMES * 50) / 50
+        x = perturb(task.process, image, eps, t)
+        both = task.network.apply({"params": params["network"]}, x, t, label)
+        prediction, v = jnp.split(both, 2, -1)
+        bound = variational_bound(task.process, prediction, (v + 1) / 2, image, x, t, t - 1 / 50)
+        return jnp.mean((prediction - eps) ** 2, axis=(1, 2, 3)), bound
+
+    squares, bound = jax.device_get(terms(params))
     np.testing.assert_allclose(found, simple * squares + 0.01 * 50 * bound, rtol=1e-4)
 
     def gradient(task):
         total = lambda p: jnp.sum(errors_of(task, p, batch)[0])  # noqa: E731
-        return jax.grad(total)(params)["network"]["Conv_0"]["bias"]
+        return np.asarray(jax.jit(jax.grad(total))(params)["network"]["Conv_0"]["bias"])
 
     of_mean, of_variance = gradient(task)
     assert of_variance != 0
@@ -160,11 +165,11 @@ def test_samplers_with_and_without_the_variances():
         task = hybrid(sampler=sampler, guidance=2.0)
         task.check({name: np.asarray(value) for name, value in batch.items()})
         params, _ = start(task, batch)
-        x = jnp.zeros((8, *SHAPE))
-        channels = task.denoiser(params, batch["label"])(x, jnp.full(8, 0.5)).shape[-1]
-        assert channels == (1 if sampler is ddim else 2)
+        x, t = np.zeros((8, *SHAPE), np.float32), np.full(8, 0.5, np.float32)
+        told = jax.eval_shape(task.denoiser(params, batch["label"]), x, t)
+        assert told.shape[-1] == (1 if sampler is ddim else 2)
         sample = jax.jit(task.sample)(params, batch["label"], jax.random.key(0))
-        assert sample.shape == (8, *SHAPE) and jnp.all(jnp.isfinite(sample))
+        assert sample.shape == (8, *SHAPE) and np.all(np.isfinite(sample))
 
 
 @pytest.mark.parametrize(

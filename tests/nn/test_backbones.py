@@ -1,5 +1,6 @@
 """What all backbones promise: published sizes, strides, remat, bfloat16, dropout, valid rows."""
 
+import functools
 import sys
 
 import jax
@@ -106,8 +107,11 @@ def far_from_the_start(model, x, seed=0):
 @pytest.mark.parametrize(
     ("model", "count"), PUBLISHED, ids=lambda value: str(value)[:40].split(" at 0x")[0]
 )
-def test_parameter_counts_are_the_published_ones(model, count):
-    x = jnp.zeros((1, 64, 64, 3))
+def test_parameter_counts_are_the_published_ones(model, count, monkeypatch):
+    # The faster forms have the same parameters and take half of the time of tracing.
+    for name in ("depthwise_conv", "fast_conv"):
+        monkeypatch.setattr(f"cvjax.nn.convolution.{name}", jax.lax.conv_general_dilated)
+    x = np.zeros((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
 
@@ -115,11 +119,11 @@ def test_parameter_counts_are_the_published_ones(model, count):
 @FAMILIES
 def test_strides_are_true(family):
     model = tiny(family)
+    x = np.zeros((2, 64, 32, 3), np.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
+    apply = functools.partial(model.apply, method="features")
     for size in ((64, 32), (33, 47), (7, 19), (1, 1)):
-        maps = jax.eval_shape(
-            lambda x: model.init_with_output(jax.random.key(0), x, method="features")[0],
-            jnp.zeros((2, *size, 3)),
-        )
+        maps = jax.eval_shape(apply, variables, np.zeros((2, *size, 3), np.float32))
         assert list(maps) == list(model.strides) == [f"stage{i + 1}" for i in range(len(maps))]
         for name, stride in model.strides.items():
             expected = tuple(-(-length // stride) for length in size)
@@ -170,7 +174,7 @@ def test_a_gradient_goes_through_remat(family):
         key = jax.random.key(0)
         return model.apply(variables, x, train=True, mutable=True, rngs={"dropout": key})[0].sum()
 
-    x = jnp.zeros((2, 16, 16, 3))
+    x = np.zeros((2, 16, 16, 3), np.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     gradient = jax.eval_shape(jax.grad(loss), variables, x)
     assert jax.tree.structure(gradient) == jax.tree.structure(variables)

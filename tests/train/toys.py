@@ -171,9 +171,9 @@ class MetaLearning(Quiet):
 
 def batch_of(seed, size=16):
     """A batch of a linear problem."""
-    x = jax.random.normal(jax.random.key(seed), (size, 3))
-    y = x @ jnp.array([[1.0, -1.0], [0.5, 2.0], [-1.0, 0.3]])
-    return {"x": x, "y": y, "valid": jnp.ones(size, bool)}
+    x = np.random.default_rng(seed).normal(size=(size, 3)).astype(np.float32)
+    y = x @ np.array([[1.0, -1.0], [0.5, 2.0], [-1.0, 0.3]], np.float32)
+    return {"x": x, "y": y, "valid": np.ones(size, bool)}
 
 
 @dataclass(frozen=True)
