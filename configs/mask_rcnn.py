@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2600
+    config.steps = 2300
     config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1300
+    config.evaluate_every = 1150
     config.best = "coco/mask_AP"
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes", masks=True)
