@@ -129,5 +129,6 @@ def get_config(tiny: bool = False) -> ConfigDict:
         model.encoder.backbone.backbone.width = 4
         model.encoder.fpn.features = model.rpn.head.features = 8
         model.box_head.features = model.heads.keypoints.features = 8
+        model.heads.keypoints.depth = 1
         model.rpn.proposals, model.samples = 8, 8
     return config

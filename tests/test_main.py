@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,9 @@ def test_what_a_compiled_program_refuses_is_an_input_error():
 def linear(workdir, *flags, **options):
     flags = flags if any("--config=" in flag for flag in flags) else [f"--config={LINEAR}", *flags]
     command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    # One device, and programs that are compiled as quickly as those of the other tests.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
@@ -232,7 +235,7 @@ def test_a_signal_saves_and_the_same_command_resumes(number, uninterrupted, tmp_
 
 
 def test_a_second_interrupt_exits_at_once(tmp_path):
-    process = linear(tmp_path / "run", "--config.data.train.seconds=1.0")
+    process = linear(tmp_path / "run", "--config.data.train.seconds=0.5")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -11,7 +11,7 @@ import main
 ROOT = Path(__file__).parents[1]
 # One recipe of each domain runs on all eight devices; one device compiles a quarter faster.
 SHARDED = {
-    "classification", "conditional_gan", "diffusion", "fcos", "multitask", "segmentation", "vae",
+    "classification", "conditional_gan", "diffusion", "fcos", "segmentation", "vae",
 }  # fmt: skip
 
 
