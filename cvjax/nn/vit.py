@@ -5,7 +5,8 @@ section 3.1, sizes in table 1); Ti and S are those of H. Touvron et al.: DeiT
 (https://arxiv.org/abs/2012.12877, table 1). Register tokens: T. Darcet et al.
 (https://arxiv.org/abs/2309.16588). Layer scale: H. Touvron et al.
 (https://arxiv.org/abs/2103.17239, section 2). Mean pooling: L. Beyer et al.
-(https://arxiv.org/abs/2205.01580).
+(https://arxiv.org/abs/2205.01580), and before the norm H. Bao et al.: BEiT
+(https://arxiv.org/abs/2106.08254) and K. He et al. (https://arxiv.org/abs/2111.06377, section A.2).
 """
 
 from functools import partial
@@ -80,8 +81,10 @@ class ViT(nn.Module):
       patch: side of a patch, in pixels.
       image_size: side of the images, in pixels, or (height, width), that the position embeddings
         are for; a multiple of `patch`.
-      pooling: the head reads the "class" token, or the "mean" of the patches, which then have no
-        class token beside them.
+      pooling: the head reads the "class" token; or the "mean" of the normalized patches, which then
+        have no class token beside them; or the norm of the mean of the patches, "mean_norm", as
+        BEiT's and the classifiers that are made of masked autoencoders do, which keep the token
+        (timm's `fc_norm`).
       registers: how many further tokens take part and are not read.
       width, depth, heads: channels, blocks and heads in place of those of `size`.
       layer_scale: the scale of the residual branches at the beginning (DINOv2 has 1e-5); None for
@@ -110,7 +113,7 @@ class ViT(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, choices in dict(size=SIZES, pooling=("class", "mean")).items():
+        for field, choices in dict(size=SIZES, pooling=("class", "mean", "mean_norm")).items():
             value = getattr(self, field)
             if value not in choices:
                 raise InputError(
@@ -156,7 +159,7 @@ class ViT(nn.Module):
         grid = tuple(side // self.patch for side in self._sides)
         self.patch_embedding = patchify(width, self.patch, dtype=self.dtype)
         self.position = self.param("position", small, (*grid, width))
-        if self.pooling == "class":
+        if self.pooling != "mean":
             self.class_token = self.param("class_token", small, (width,))
             self.class_position = self.param("class_position", small, (width,))
         if self.registers:
@@ -167,7 +170,11 @@ class ViT(nn.Module):
             make_block(heads, self.layer_scale, self.dropout, rate, self.epsilon, self.dtype)
             for rate in drop_rates(self.stochastic_depth, depth)
         ]
-        self.norm = nn.LayerNorm(self.epsilon, dtype=self.dtype)
+        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype)
+        if self.pooling == "mean_norm":  # not of the tokens: weights of one are not the other's
+            self.mean_norm = norm
+        else:
+            self.norm = norm
         self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)
 
     def _embed(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[int, int]]:
@@ -176,7 +183,7 @@ class ViT(nn.Module):
         batch, height, width, channels = x.shape
         x = x + resize_bicubic(self.position, height, width).astype(self.dtype)
         first = []
-        if self.pooling == "class":
+        if self.pooling != "mean":
             first.append((self.class_token + self.class_position)[None])
         if self.registers:
             first.append(self.register_tokens)
@@ -216,7 +223,9 @@ class ViT(nn.Module):
     def encode(
         self, x: jax.Array, *, keep: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
-        """Returns the patches after the last block, normalized, [b, n, c], row by row.
+        """Returns the patches after the last block, [b, n, c], row by row.
+
+        They are normalized, but for "mean_norm", which has no norm for them.
 
         Args:
           x: images [b, h, w, c], normalized.
@@ -229,12 +238,14 @@ class ViT(nn.Module):
         if keep is not None:
             kept = jnp.take_along_axis(x[:, -count:], keep[..., None], axis=1)
             x, count = jnp.concatenate([x[:, :-count], kept], axis=1), keep.shape[1]
-        return self.norm(self._stages(x, train)[-1])[:, -count:]
+        x = self._stages(x, train)[-1]
+        return (x if self.pooling == "mean_norm" else self.norm(x))[:, -count:]
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
         x, grid = self._embed(x, train)
-        x = self.norm(self._stages(x, train)[-1]).astype(jnp.float32)
-        if self.pooling == "class":
-            return self.head(x[:, 0])
-        return self.head(jnp.mean(x[:, -grid[0] * grid[1] :], axis=1))
+        x, patches = self._stages(x, train)[-1], slice(-grid[0] * grid[1], None)
+        if self.pooling == "mean_norm":
+            return self.head(self.mean_norm(jnp.mean(x[:, patches], axis=1)).astype(jnp.float32))
+        x = self.norm(x).astype(jnp.float32)
+        return self.head(x[:, 0] if self.pooling == "class" else jnp.mean(x[:, patches], axis=1))

@@ -18,6 +18,7 @@ VIT_TIMM = (
         )
     ),
     ("norm", "norm"),
+    ("fc_norm", "mean_norm"),
     ("head", "head"),
 )
 VIT_TORCHVISION = (

@@ -143,6 +143,9 @@ def peers():
         ),
         "timm vit": (timm.VisionTransformer((32, 48), **vit), blocks, (4, 6)),
         "timm vit mean": (timm.VisionTransformer(32, **vit, **gap), blocks, (4, 4)),
+        "timm vit mean norm": (
+            timm.VisionTransformer(32, **vit, global_pool="avg"), blocks, (4, 4),
+        ),
         "timm vit registers": (timm.VisionTransformer(32, **vit, **registers), blocks, (4, 4)),
         "torchvision vit": (
             torchvision.VisionTransformer(32, 8, 4, 3, 12, 48, num_classes=CLASSES),

@@ -286,6 +286,25 @@ def test_vit_tokens():
     expected = last.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
     np.testing.assert_allclose(mean.apply(variables, x), expected, atol=1e-4)
 
+    # With the norm behind the mean the class token stays, and weights of one are not the other's.
+    behind = mean.clone(pooling="mean_norm")
+    params = {**params, "mean_norm": params["norm"]}
+    params["class_token"] = params["class_position"] = np.ones(8, np.float32)
+    del params["norm"]
+    shapes = jax.eval_shape(lambda: behind.init(jax.random.key(0), x))["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, dict(shapes))
+    variables = {"params": params}
+    last = np.asarray(behind.apply(variables, x, method="features")["stage2"], np.float64)
+    patches = behind.apply(variables, x, method="encode")
+    np.testing.assert_allclose(patches, last.reshape(2, 6, 8), atol=1e-6)
+    pooled = last.mean((1, 2))
+    pooled = (pooled - pooled.mean(-1, keepdims=True)) / np.sqrt(
+        pooled.var(-1, keepdims=True) + 1e-6
+    )
+    pooled = pooled * params["mean_norm"]["scale"] + params["mean_norm"]["bias"]
+    expected = pooled @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(behind.apply(variables, x), expected, atol=1e-4)
+
 
 def brute_force_bicubic(grid, height, width):
     """Pixel by pixel, from the kernel's formula, with the border repeated."""
