@@ -159,7 +159,7 @@ def test_the_edges_in_one_compilation_of_bfloat16():
         return trained, task.predict(params, model_state, batch, rng)
 
     for name, batch in edges():
-        result = step(params, batch)
+        result = jax.device_get(step(params, batch))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result)), name
         (loss, _), gradient = result[0]
         there = any(leaf.any() for leaf in jax.tree.leaves(gradient))

@@ -126,7 +126,7 @@ def step_of(dtype="float32"):
 
 
 def run(batch, dtype="float32", seed=1):
-    return step_of(dtype)[0](*initialized(), batch, jax.random.key(seed), True)
+    return jax.device_get(step_of(dtype)[0](*initialized(), batch, jax.random.key(seed), True))
 
 
 def assert_equal(a, b):

@@ -54,7 +54,8 @@ def batch_of(b=4, n=5, seed=0):
 
 @functools.cache
 def initialized(kind):
-    return jax.jit(Detection(detector(kind)).init)(jax.random.key(0), batch_of())
+    init = jax.jit(Detection(detector(kind)).init)
+    return jax.device_get(init(jax.random.key(0), batch_of()))
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def step_of(kind, dtype="float32"):
 
 
 def run(kind, batch, dtype="float32"):
-    return step_of(kind, dtype)[0](*initialized(kind), batch)
+    return jax.device_get(step_of(kind, dtype)[0](*initialized(kind), batch))
 
 
 def assert_equal(a, b):

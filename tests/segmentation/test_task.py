@@ -46,7 +46,7 @@ def batch_of(n, channels=1, seed=0, size=(5, 7)):
 
 @functools.cache
 def initialized(model):
-    return jax.jit(Segmentation(model).init)(jax.random.key(0), batch_of(4))
+    return jax.device_get(jax.jit(Segmentation(model).init)(jax.random.key(0), batch_of(4)))
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def step_of(model):
             for method in (task.evaluate, task.predict, task.visualize)
         ]
 
-    return step
+    return lambda *given: jax.device_get(step(*given))
 
 
 def assert_equal(a, b):
