@@ -108,6 +108,7 @@ def step_of(dtype="float32"):
     """
     task, traces = task_of(dtype), []
 
+    @jax.jit  # Traced once for both its shapes and its values.
     def see(*given):
         return [method(*given) for method in (task.predict, task.visualize)]
 
