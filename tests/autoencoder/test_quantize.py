@@ -16,23 +16,32 @@ from cvjax.autoencoder.quantize import (
 )
 from cvjax.errors import InputError
 
-ALL = jnp.ones(4, bool)
+ALL = np.ones(4, bool)
 
 
 def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def book(vectors, counts):
-    counts = jnp.asarray(counts, jnp.float32)
-    return {"codebook": {"counts": counts, "sums": jnp.asarray(vectors) * counts[:, None]}}
+    counts = np.asarray(counts, np.float32)
+    return {"codebook": {"counts": counts, "sums": np.float32(vectors) * counts[:, None]}}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(quantizer, variables, indices):
+    return quantizer.vectors(variables, indices)
+
+
+def vectors_of(quantizer, variables, indices):
+    return np.asarray(compiled(quantizer, variables, indices))
 
 
 def test_the_nearest_is_that_of_loops_and_of_equals_the_first():
     z, vectors = draw(0, 50, 3), draw(1, 7, 3)
-    vectors = vectors.at[5].set(vectors[2])
-    distance = [[float(((a - b) ** 2).sum()) for b in vectors] for a in np.asarray(z)]
-    found = nearest(z, vectors)
+    vectors[5] = vectors[2]
+    distance = [[float(((a - b) ** 2).sum()) for b in vectors] for a in z]
+    found = np.asarray(jax.jit(nearest)(z, vectors))
     np.testing.assert_array_equal(found, np.argmin(distance, axis=1))
     assert 5 not in found and 2 in found
 
@@ -46,11 +55,12 @@ def test_gradients_pass_straight_through_and_the_commitment_pulls_to_the_code():
         found = quantizer.apply(variables, z, ALL)
         return jnp.sum(found.z * target), found
 
-    gradient, found = jax.jit(jax.grad(run, has_aux=True))(z)
+    gradient, found = jax.tree.map(np.asarray, jax.jit(jax.grad(run, has_aux=True))(z))
     np.testing.assert_array_equal(gradient, target)
     vectors = variables["codebook"]["sums"]
     np.testing.assert_allclose(found.z, vectors[found.indices], atol=1e-6)
-    np.testing.assert_allclose(quantizer.vectors(variables, found.indices), found.z, atol=1e-6)
+    said = vectors_of(quantizer, variables, found.indices)
+    np.testing.assert_allclose(said, found.z, atol=1e-6)
     expected = 0.5 * ((z - found.z) ** 2).mean((1, 2))
     np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
     pull = jax.jit(jax.grad(lambda z: quantizer.apply(variables, z, ALL).loss.sum()))(z)
@@ -70,27 +80,32 @@ def applied(quantizer, variables, z, valid):
     return quantizer.apply(variables, z, valid)
 
 
+def indices_of(*given):
+    return np.asarray(applied(*given).indices)
+
+
 def test_the_codebook_follows_the_means_of_what_comes_to_it():
     quantizer, z = VectorQuantizer(3, decay=0.9, restart_below=0.0), draw(0, 4, 5, 2)
     variables = book(draw(1, 3, 2), [4.0, 5.0, 6.0])
-    valid = jnp.array([True, False, True, True])
-    new = moved(quantizer, variables, z.at[1].set(jnp.nan), valid)
-    index = applied(quantizer, variables, z, ALL).indices
+    valid = np.array([True, False, True, True])
+    holed = np.where(valid[:, None, None], z, np.nan)
+    new = jax.tree.map(np.asarray, moved(quantizer, variables, holed, valid))
+    index = indices_of(quantizer, variables, z, ALL)
     for code in range(3):
-        mine = np.concatenate([np.asarray(z[b])[index[b] == code] for b in (0, 2, 3)])
-        count = 0.9 * float(variables["codebook"]["counts"][code]) + 0.1 * len(mine)
-        total = 0.9 * np.asarray(variables["codebook"]["sums"][code]) + 0.1 * mine.sum(0)
+        mine = np.concatenate([z[b][index[b] == code] for b in (0, 2, 3)])
+        count = 0.9 * variables["codebook"]["counts"][code] + 0.1 * len(mine)
+        total = 0.9 * variables["codebook"]["sums"][code] + 0.1 * mine.sum(0)
         np.testing.assert_allclose(new["counts"][code], count, rtol=1e-5)
         np.testing.assert_allclose(new["sums"][code], total, rtol=1e-4, atol=1e-6)
     # Nothing valid, and evaluation: nothing moves.
-    still = moved(quantizer, variables, z, jnp.zeros(4, bool))
+    still = moved(quantizer, variables, z, ~ALL)
     jax.tree.map(np.testing.assert_array_equal, still, variables["codebook"])
     # With the same data the vectors end at the means of their cells (k-means).
     step = lambda variables: {"codebook": moved(quantizer, variables, z)}  # noqa: E731
     for _ in range(200):
         variables = step(variables)
-    index = applied(quantizer, variables, z, ALL).indices
-    vectors = quantizer.vectors(variables, jnp.arange(3))
+    index = indices_of(quantizer, variables, z, ALL)
+    vectors = vectors_of(quantizer, variables, np.arange(3))
     for code in np.unique(index):
         np.testing.assert_allclose(vectors[code], z[index == code].mean(0), atol=1e-4)
 
@@ -98,22 +113,24 @@ def test_the_codebook_follows_the_means_of_what_comes_to_it():
 def test_dead_codes_begin_anew_on_valid_data_each_on_its_own():
     quantizer = VectorQuantizer(4, decay=0.9, restart_below=0.1)
     variables = book([[0.0, 0], [100, 0], [200, 0], [300, 0]], [10, 10, 0.01, 0.01])
-    z = jnp.concatenate([draw(0, 3, 4, 2), jnp.full((1, 4, 2), 250.0)])
-    valid = jnp.array([True, True, True, False])
-    new = moved(quantizer, variables, z, valid)
-    vectors = quantizer.vectors({"codebook": new}, jnp.arange(4))
-    data = np.asarray(z[:3]).reshape(-1, 2)
-    rows = [np.abs(data - np.asarray(vectors[code])).sum(1).argmin() for code in (2, 3)]
+    z = np.concatenate([draw(0, 3, 4, 2), np.full((1, 4, 2), 250.0, np.float32)])
+    valid = np.array([True, True, True, False])
+    new = jax.tree.map(np.asarray, moved(quantizer, variables, z, valid))
+    vectors = vectors_of(quantizer, {"codebook": new}, np.arange(4))
+    data = z[:3].reshape(-1, 2)
+    rows = [np.abs(data - vectors[code]).sum(1).argmin() for code in (2, 3)]
     np.testing.assert_allclose(vectors[2:], data[rows], rtol=1e-5)
     assert rows[0] != rows[1]
     # As many as they would have if all were used alike, before they were restarted.
     old = 0.9 * np.array([10, 10, 0.01, 0.01]) + 0.1 * np.array([12, 0, 0, 0])
     np.testing.assert_allclose(new["counts"][2:], old.mean(), rtol=1e-5)
     np.testing.assert_allclose(vectors[1], [100, 0], rtol=1e-5)
-    other = quantizer.vectors({"codebook": moved(quantizer, variables, z, valid, 1)}, jnp.arange(4))
+    other = {"codebook": moved(quantizer, variables, z, valid, 1)}
+    other = vectors_of(quantizer, other, np.arange(4))
     assert not np.allclose(other[2:], vectors[2:])
     # Fewer valid vectors than dead codes: some are shared, none is invented.
     few = moved(quantizer, book(200 + draw(3, 4, 2), [0.0] * 4), z[:1, :1].repeat(4, 0), ALL)
+    few = jax.tree.map(np.asarray, few)
     np.testing.assert_allclose(few["sums"] / few["counts"][:, None], z[0, :1].repeat(4, 0))
 
 
@@ -122,18 +139,18 @@ def test_a_new_codebook_begins_with_data():
     variables = jax.jit(quantizer.init)(jax.random.key(0), z, ALL)
     assert set(variables) == {"codebook"}
     new = {"codebook": moved(quantizer, variables, z)}
-    vectors = quantizer.vectors(new, jnp.arange(8))
+    vectors = vectors_of(quantizer, new, np.arange(8))
     assert np.abs(vectors - 50).max() < 5
-    assert len(np.unique(applied(quantizer, new, z, ALL).indices)) >= 7
+    assert len(np.unique(indices_of(quantizer, new, z, ALL))) >= 7
 
 
 @pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 5, 5, 4)])
 def test_indices_of_finite_scalars_are_a_round_trip(levels):
     quantizer = FiniteScalarQuantizer(levels)
     assert quantizer.size == np.prod(levels)
-    every = jnp.arange(quantizer.size)
-    codes = jax.jit(lambda every: quantizer.vectors({}, every))(every)
-    assert len(np.unique(np.asarray(codes), axis=0)) == quantizer.size
+    every = np.arange(quantizer.size)
+    codes = vectors_of(quantizer, {}, every)
+    assert len(np.unique(codes, axis=0)) == quantizer.size
     assert codes.min() == -1 and codes.max() <= 1
     # What the codes are made from, put through again: any z that is bounded to this level.
     half = np.array(levels) // 2
@@ -141,12 +158,12 @@ def test_indices_of_finite_scalars_are_a_round_trip(levels):
     scale = (np.array(levels) - 1) * (1 - 1e-3) / 2
     inside = np.clip((codes * half + offset) / scale, -1 + 1e-4, 1 - 1e-4)
     z = np.arctanh(inside) - np.tan(offset / scale)
-    found = applied(quantizer, {}, jnp.asarray(z, jnp.float32), jnp.ones(len(z), bool))
+    found = applied(quantizer, {}, np.float32(z), np.ones(len(z), bool))
     np.testing.assert_array_equal(found.indices, every)
     np.testing.assert_allclose(found.z, codes, atol=1e-6)
     # Huge values are the outermost levels, and 0 is 0.
-    ends = jnp.stack([jnp.full(len(levels), v) for v in (-1e4, 1e4, 0.0)])
-    found = applied(quantizer, {}, ends, jnp.ones(3, bool))
+    ends = np.stack([np.full(len(levels), v, np.float32) for v in (-1e4, 1e4, 0.0)])
+    found = jax.tree.map(np.asarray, applied(quantizer, {}, ends, np.ones(3, bool)))
     assert list(found.indices[:2]) == [0, quantizer.size - 1]
     np.testing.assert_allclose(found.z[2], 0, atol=1e-6)
 
@@ -161,11 +178,12 @@ def test_the_gradient_of_finite_scalars_is_that_of_the_bound():
 
 
 def test_perplexity_and_usage_count_valid_rows_alone():
-    indices = jnp.array([[0, 1], [2, 3], [3, 3]])
-    valid = jnp.array([True, True, False])
-    assert perplexity(indices, valid, 8) == pytest.approx(4, rel=1e-6)
-    assert perplexity(indices, ~valid, 8) == pytest.approx(1, rel=1e-6)
-    assert perplexity(indices, valid & ~valid, 8) == 1
+    indices = np.array([[0, 1], [2, 3], [3, 3]])
+    valid = np.array([True, True, False])
+    spread = jax.jit(perplexity, static_argnums=2)
+    assert spread(indices, valid, 8) == pytest.approx(4, rel=1e-6)
+    assert spread(indices, ~valid, 8) == pytest.approx(1, rel=1e-6)
+    assert spread(indices, valid & ~valid, 8) == 1
     usage = CodeUsage(8)
     assert usage.result() == {"codes_used": 0, "code_perplexity": 1}
     usage.add({"indices": indices}, {"valid": valid})

@@ -26,7 +26,7 @@ LOSS = jax.jit(jax.value_and_grad(lambda o, truth: sum(MODEL.losses(o, truth, SI
 
 
 def test_positions_one_by_one():
-    found = sine_positions(3, 5, 12)
+    found = np.asarray(jax.jit(lambda: sine_positions(3, 5, 12))())
     for y in range(3):
         for x in range(5):
             expected = []
@@ -124,9 +124,10 @@ def test_the_truth_that_is_said_is_detected_and_costs_nothing():
     assert LOSS(outputs, truth)[0] < 1e-4
     logits[:, 1] = np.where(logits[:, 1] >= 100, logits[:, 1] - 99, logits[:, 1] / 100)
     found = jax.jit(lambda o: MODEL.clone(score=0.3).detections(o, SIZE))(outputs)
+    found = jax.device_get(found)
     for i in range(3):
         rows = np.flatnonzero(truth["box_valid"][i])[::-1]
-        there = np.asarray(found["detected"][i])
+        there = found["detected"][i]
         assert there.sum() == len(rows) and there[: len(rows)].all()
         boxes = truth["boxes"][i, rows].clip(0, scale)
         np.testing.assert_allclose(found["boxes"][i][there], boxes, atol=1e-4)
@@ -135,7 +136,7 @@ def test_the_truth_that_is_said_is_detected_and_costs_nothing():
         p = np.exp(best) / (np.exp(best) + np.exp(0.5) + CLASSES - 1)
         np.testing.assert_allclose(found["scores"][i][there], p, rtol=1e-5)
         for name in ("boxes", "scores", "labels"):
-            assert not np.asarray(found[name][i])[~there].any()
+            assert not found[name][i][~there].any()
 
 
 def test_the_edges_in_one_compilation_of_bfloat16():
@@ -158,7 +159,7 @@ def test_the_edges_in_one_compilation_of_bfloat16():
         return trained, task.predict(params, model_state, batch, rng)
 
     for name, batch in edges():
-        result = step(params, batch)
+        result = jax.device_get(step(params, batch))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result)), name
         (loss, _), gradient = result[0]
         there = any(leaf.any() for leaf in jax.tree.leaves(gradient))

@@ -16,8 +16,11 @@ def scene(seed, count, ties=False):
     return box, score.astype(np.float32), rng.integers(0, 3, count), rng.random(count) < 0.9
 
 
+overlaps = jax.jit(geometry.iou)
+
+
 def brute(box, score, label, valid, threshold):
-    overlap = np.asarray(geometry.iou(box, box))
+    overlap = np.asarray(overlaps(box, box))
     kept = []
     for i in sorted(np.flatnonzero(valid), key=lambda i: (-score[i], i)):
         if not any(label[i] == label[j] and overlap[i, j] > threshold for j in kept):
@@ -25,7 +28,11 @@ def brute(box, score, label, valid, threshold):
     return kept
 
 
-fast = jax.jit(nms, static_argnames=("iou_threshold", "max_outputs"))
+compiled = jax.jit(nms, static_argnames=("iou_threshold", "max_outputs"))
+
+
+def fast(*scene, **settings):
+    return jax.tree.map(np.asarray, compiled(*scene, **settings))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -53,9 +60,10 @@ def test_the_threshold_is_strict_and_garbage_changes_nothing():
         box[12:], score[12:] = junk, junk
         dirty = fast(box, score, label, valid, iou_threshold=0.3, max_outputs=20)
         jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    many = jax.vmap(lambda b: fast(b, score, label, valid, iou_threshold=0.3, max_outputs=20))
-    np.testing.assert_array_equal(many(np.stack([box, box])).index[1], clean.index)
-    assert not nms(box[:0], score[:0], iou_threshold=0.3, max_outputs=2).valid.any()
+    many = jax.vmap(lambda b: compiled(b, score, label, valid, iou_threshold=0.3, max_outputs=20))
+    found = np.asarray(jax.jit(many)(np.stack([box, box])).index)
+    np.testing.assert_array_equal(found[1], clean.index)
+    assert not fast(box[:0], score[:0], iou_threshold=0.3, max_outputs=2).valid.any()
     nobody = fast(box, score, label, valid & False, iou_threshold=0.3, max_outputs=20)
     assert not nobody.valid.any()
 
@@ -63,7 +71,7 @@ def test_the_threshold_is_strict_and_garbage_changes_nothing():
 @pytest.mark.parametrize("sigma", [0.5, None])
 def test_soft_nms(sigma):
     box, score, label, valid = scene(3, 40)
-    overlap, left, expected = np.asarray(geometry.iou(box, box)), score * valid, []
+    overlap, left, expected = np.asarray(overlaps(box, box)), score * valid, []
     while left.max() >= 0.1:
         i = int(left.argmax())
         expected.append((i, left[i]))
@@ -74,14 +82,22 @@ def test_soft_nms(sigma):
         left[i] = 0
     settings = dict(sigma=sigma, min_score=0.1, max_outputs=40)
     kept = jax.jit(lambda *scene: soft_nms(*scene, **settings))(box, score, label, valid)
+    kept = jax.tree.map(np.asarray, kept)
     assert list(kept.index[kept.valid]) == [i for i, _ in expected]
     np.testing.assert_allclose(kept.scores[kept.valid], [s for _, s in expected], rtol=1e-5)
+
+
+matrix = jax.jit(matrix_nms, static_argnames=("sigma", "max_outputs"))
+
+
+def ranked(*scene, **settings):
+    return jax.tree.map(np.asarray, matrix(*scene, **settings))
 
 
 @pytest.mark.parametrize("sigma", [2.0, None])
 def test_matrix_nms(sigma):
     box, score, label, valid = scene(4, 30)
-    overlap = np.asarray(geometry.iou(box, box))
+    overlap = np.asarray(overlaps(box, box))
     better = {
         j: [i for i in range(30) if valid[i] and score[i] > score[j] and label[i] == label[j]]
         for j in np.flatnonzero(valid)
@@ -92,14 +108,13 @@ def test_matrix_nms(sigma):
     for j in better:
         factors = [f(overlap[i, j]) / f(worst[i]) for i in better[j]]
         expected[j] = score[j] * min([1.0, *factors])
-    call = jax.jit(matrix_nms, static_argnames=("sigma", "max_outputs"))
-    kept = call(overlap, score, label, valid, sigma=sigma, max_outputs=35)
+    kept = ranked(overlap, score, label, valid, sigma=sigma, max_outputs=35)
     assert kept.valid.sum() == valid.sum()
-    index = np.asarray(kept.index[kept.valid])
+    index = kept.index[kept.valid]
     np.testing.assert_allclose(kept.scores[kept.valid], expected[index], rtol=1e-5)
     assert (np.diff(kept.scores) <= 0).all()
     junk = np.where(valid[:, None] & valid, overlap, np.nan)
-    again = call(junk, score, label, valid, sigma=sigma, max_outputs=35)
+    again = ranked(junk, score, label, valid, sigma=sigma, max_outputs=35)
     jax.tree.map(np.testing.assert_array_equal, kept, again)
 
 
@@ -108,11 +123,12 @@ def test_matrix_nms_of_overlaps_and_scores_without_a_value(sigma):
     """What is not valid stands last, and an overlap of NaN (0 / 0, say) is none."""
     overlap = np.array([[1, 1, 0], [1, 1, 0], [0, 0, np.nan]], np.float32)
     scores = np.array([np.inf, np.inf, 0.5], np.float32)
-    kept = matrix_nms(overlap, scores, max_outputs=3, sigma=sigma)
+    kept = ranked(overlap, scores, max_outputs=3, sigma=sigma)
     # Without a width of the Gaussian a copy has nothing left.
     order, expected = ([0, 1, 2], [np.inf, np.inf, 0.5]) if sigma else ([0, 2, 1], [np.inf, 0.5, 0])
     assert kept.valid.all() and kept.index.tolist() == order
     np.testing.assert_array_equal(kept.scores, expected)
-    kept = matrix_nms(np.full((3, 3), np.nan), [np.nan, 0.3, 0.9], max_outputs=3, sigma=sigma)
+    overlap, scores = np.full((3, 3), np.nan, np.float32), np.float32([np.nan, 0.3, 0.9])
+    kept = ranked(overlap, scores, max_outputs=3, sigma=sigma)
     assert kept.valid.tolist() == [True, True, False] and kept.index.tolist() == [2, 1, 0]
     np.testing.assert_allclose(kept.scores, [0.9, 0.3, 0])

@@ -37,12 +37,16 @@ def older(name):
     return layer.sub(lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}", name)
 
 
-def loaded(task, batch, arrays, file):
-    """Parameters and state that were all not a number before, and the table of what was loaded."""
-    safetensors.numpy.save_file(arrays, file)
+def empty(task, batch):
+    """Parameters and state that are all not a number."""
     shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
-    empty = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
-    return load_pretrained(*empty, path=file)
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
+
+
+def loaded(fresh, arrays, file):
+    """The parameters and the state with what the file has, and the table of what was loaded."""
+    safetensors.numpy.save_file(arrays, file)
+    return load_pretrained(*fresh, path=file)
 
 
 @pytest.mark.parametrize("peer", ["retinanet", "fcos", "rcnn"])
@@ -51,11 +55,12 @@ def test_every_map_and_all_that_is_detected_is_theirs(peer, tmp_path):
     task = Detection(OURS[peer], mean=MEAN, std=STD)
     batch = {"image": parity.images(), "valid": np.ones(2, bool)}
     arrays = weights(shapes)
-    params, state, table = loaded(task, batch, arrays, tmp_path / "weights.safetensors")
+    fresh = empty(task, batch)
+    params, state, table = loaded(fresh, arrays, tmp_path / "weights.safetensors")
     assert {row.status for row in table.rows} <= {"loaded", "no weight"}, str(table)
     arrays = {older(name) if peer != "fcos" else name: array for name, array in arrays.items()}
     assert (arrays.keys() == shapes.keys()) == (peer == "fcos")
-    again, _, table = loaded(task, batch, arrays, tmp_path / "older.safetensors")
+    again, _, table = loaded(fresh, arrays, tmp_path / "older.safetensors")
     assert {row.status for row in table.rows} <= {"loaded", "no weight"}, str(table)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -71,7 +76,7 @@ def test_every_map_and_all_that_is_detected_is_theirs(peer, tmp_path):
         (levels,), (dense,) = kept["encoder"]["__call__"], kept[first]["__call__"]
         return levels, dense, outputs, task.model.detections(outputs, parity.SIZE)
 
-    levels, dense, outputs, found = ours(params, state)
+    levels, dense, outputs, found = jax.device_get(ours(params, state))
     for i, level in enumerate(levels):
         near(thin(np.asarray(level)), theirs[f"level{i}"], i)
     names = {"logits": "cls_logits", "deltas": "bbox_regression", "centerness": "bbox_ctrness"}
@@ -105,7 +110,8 @@ def test_detr_says_in_each_layer_and_loses_what_theirs_does(tmp_path):
     task = Detection(OURS["detr"], mean=MEAN, std=STD)
     batch = {"image": parity.images(), "valid": np.ones(2, bool)}
     arrays = weights(shapes)
-    params, state, table = loaded(task, batch, arrays, tmp_path / "weights.safetensors")
+    fresh = empty(task, batch)
+    params, state, table = loaded(fresh, arrays, tmp_path / "weights.safetensors")
     assert {row.status for row in table.rows} == {"loaded"}, str(table)
     size = parity.SIZE
 
@@ -130,7 +136,8 @@ def test_another_number_of_classes_has_fresh_last_layers(tmp_path):
     model = published.faster_rcnn(2, backbone=ResNet(18, stage_sizes=(1, 1, 1, 1)), features=64)
     task = Detection(model.clone(box_head=model.box_head.clone(features=64)))
     batch = {"image": parity.images(), "valid": np.ones(2, bool)}
-    params, _, table = loaded(task, batch, weights(RECORDED["rcnn"][0]), tmp_path / "w.safetensors")
+    arrays = weights(RECORDED["rcnn"][0])
+    params, _, table = loaded(empty(task, batch), arrays, tmp_path / "w.safetensors")
     fresh = {row.path: row.status for row in table.rows if row.status.startswith("fresh")}
     assert fresh == {
         "params/box_head/bbox_pred/bias": "fresh: [24] in the file",
@@ -180,5 +187,6 @@ def test_the_published_models_take_every_array_of_theirs(tmp_path):
     ):
         network = build(weights=None, weights_backbone=None)
         arrays = {name: array.numpy() for name, array in network.state_dict().items()}
-        _, _, table = loaded(Detection(ours), batch, arrays, tmp_path / "weights.safetensors")
+        fresh = empty(Detection(ours), batch)
+        _, _, table = loaded(fresh, arrays, tmp_path / "weights.safetensors")
         assert {row.status for row in table.rows} <= {"loaded", "no weight"}, str(table)

@@ -39,12 +39,16 @@ def arrays(name, seed=0):
     return x, kernel, ours, own
 
 
+def measured(convolve, x, kernel, dy):
+    """The output and both gradients."""
+    y, pull = jax.vjp(convolve, x, kernel)
+    return (y, *pull(dy))
+
+
 @jax.enable_x64(True)
-def exact(own, x, kernel, dy):
-    """The output and both gradients in double precision."""
-    x, kernel, dy = (jnp.asarray(value, jnp.float64) for value in (x, kernel, dy))
-    y, pull = jax.vjp(own, x, kernel)
-    return [np.asarray(value) for value in (y, *pull(dy))]
+def exact(own, *given):
+    """The same in double precision."""
+    return jax.device_get(jax.jit(partial(measured, own))(*(np.float64(value) for value in given)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,15 +57,10 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name):
     dy = np.random.default_rng(1).standard_normal(jax.eval_shape(own, x, kernel).shape)
     dy = dy.astype(np.float32)
 
-    @partial(jax.jit, static_argnums=0)
-    def measured(convolve, x, kernel, dy):
-        y, pull = jax.vjp(convolve, x, kernel)
-        return (y, *pull(dy))
-
-    for mine, theirs, truth in zip(
-        measured(ours, x, kernel, dy), measured(own, x, kernel, dy), exact(own, x, kernel, dy),
-        strict=True,
-    ):  # fmt: skip
+    both = jax.jit(lambda *given: (measured(ours, *given), measured(own, *given)))
+    of_ours, of_xla = jax.device_get(both(x, kernel, dy))
+    of_exact = exact(own, x, kernel, dy)
+    for mine, theirs, truth in zip(of_ours, of_xla, of_exact, strict=True):
         scale = np.abs(truth).max()
         # Twice XLA's error, or eight roundings of the largest value where XLA happens to have less.
         bound = max(2 * np.abs(theirs - truth).max(), 8 * 6e-8 * scale)
@@ -77,25 +76,23 @@ def test_second_derivatives_forward_mode_and_vmap(name):
         return jnp.sum(jnp.tanh(convolve(x, kernel)) ** 2)
 
     def all_of(convolve):
-        def hessian_product(x, kernel):
-            gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
-            return jax.jvp(gradient, (x, kernel), (dx, dkernel))
+        gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
+        xs, kernels = np.stack([x, dx]), np.stack([kernel, dkernel])
 
-        def reverse_twice(x, kernel):
-            gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
-            inner = lambda *at: sum(jnp.vdot(a, b) for a, b in zip(gradient(*at), (dx, dkernel)))  # noqa: B905,E731
-            return jax.grad(inner, argnums=(0, 1))(x, kernel)
-
-        xs, kernels = jnp.stack([x, dx]), jnp.stack([kernel, dkernel])
-        return jax.jit(
-            lambda: (
-                hessian_product(x, kernel),
-                reverse_twice(x, kernel),
+        @jax.jit
+        def run(x, kernel, dx, dkernel, xs, kernels):
+            # Forward over reverse, and reverse twice, from one trace of the gradient.
+            slopes, along = jax.linearize(gradient, x, kernel)
+            return (
+                slopes,
+                along(dx, dkernel),
+                jax.linear_transpose(along, x, kernel)((dx, dkernel)),
                 jax.vmap(convolve, (0, None))(xs, kernel),
                 jax.vmap(convolve, (None, 0))(x, kernels),
-                jax.vmap(jax.grad(partial(norm, convolve), argnums=(0, 1)))(xs, kernels),
+                jax.vmap(gradient)(xs, kernels),
             )
-        )()
+
+        return jax.device_get(run(x, kernel, dx, dkernel, xs, kernels))
 
     # Sums in another order; up to 2,000 terms and a second derivative: 1e-4 of the largest.
     for mine, theirs in zip(jax.tree.leaves(all_of(ours)), jax.tree.leaves(all_of(own))):  # noqa: B905
@@ -114,16 +111,19 @@ def test_groups_and_dilations_are_xlas(options):
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 6)).astype(np.float32)
     groups = options.get("feature_group_count", 1)
     kernel = np.random.default_rng(1).standard_normal((3, 3, 6 // groups, 4)).astype(np.float32)
-    got = fast_conv(x, kernel, (1, 1), **LAYOUT, **options)
-    np.testing.assert_array_equal(
-        got, lax.conv_general_dilated(x, kernel, (1, 1), **LAYOUT, **options)
+    # Not in one program, where the same operation would be computed once.
+    ours, own = (
+        jax.jit(partial(convolve, **LAYOUT, **options), static_argnums=2)(x, kernel, (1, 1))
+        for convolve in (fast_conv, lax.conv_general_dilated)
     )
+    np.testing.assert_array_equal(ours, own)
 
 
 def test_other_types_and_empty_batches_are_xlas():
-    x, kernel = jnp.ones((2, 2, 2, 3), jnp.bfloat16), jnp.ones((3, 3, 3, 4), jnp.bfloat16)
-    assert fast_conv(x, kernel, (1, 1), "SAME", **LAYOUT).dtype == jnp.bfloat16
-    assert fast_conv(x[:0], kernel, (1, 1), "SAME", **LAYOUT).shape == (0, 2, 2, 4)
+    x, kernel = np.ones((2, 2, 2, 3), jnp.bfloat16), np.ones((3, 3, 3, 4), jnp.bfloat16)
+    convolve = jax.jit(lambda x: fast_conv(x, kernel, (1, 1), "SAME", **LAYOUT))
+    assert convolve(x).dtype == jnp.bfloat16
+    assert convolve(x[:0]).shape == (0, 2, 2, 4)
 
 
 def test_each_form_is_taken_where_it_says():
@@ -145,10 +145,9 @@ def test_each_form_is_taken_where_it_says():
 
 
 def test_in_a_layer():
-    x = jnp.ones((2, 3, 3, 4))
+    x = np.ones((2, 3, 3, 4), np.float32)
     layer = nn.Conv(5, (3, 3), conv_general_dilated=fast_conv)
     plain = nn.Conv(5, (3, 3))
     variables = jax.jit(layer.init)(jax.random.key(0), x)
-    np.testing.assert_allclose(
-        layer.apply(variables, x), plain.apply(variables, x), rtol=1e-5, atol=1e-6
-    )
+    ours, own = jax.jit(lambda v, x: (layer.apply(v, x), plain.apply(v, x)))(variables, x)
+    np.testing.assert_allclose(ours, own, rtol=1e-5, atol=1e-6)

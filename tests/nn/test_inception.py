@@ -1,5 +1,6 @@
 """Inception v3 is that of pytorch-fid and that of torchvision, with the same weights."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def image():
     return np.random.RandomState(7).uniform(-1, 1, size=(1, 107, 91, 3)).astype(np.float32)
 
 
+@functools.cache
+def shapes_of(name):
+    """Of the variables, which are those of any size of images; it takes a second."""
+    return jax.eval_shape(lambda x: MODELS[name].init(jax.random.key(0), x), image())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_maps_and_logits_are_theirs(name, tmp_path):
     model, x = MODELS[name], image()
@@ -34,8 +41,9 @@ def test_maps_and_logits_are_theirs(name, tmp_path):
         theirs = {key: record[f"{name}/{key}"] for key in (*BLOCKS, "logits", "resized")}
     file = tmp_path / "weights.safetensors"
     safetensors.numpy.save_file(weights({n: tuple(s) for n, s in shapes.items()}), file)
-    fresh = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
-    fresh = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), dict(fresh))
+    fresh = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), dict(shapes_of(name))
+    )
     variables, table = load_variables(fresh, file)
     statuses = {row.status for row in table.rows if not row.path.startswith("AuxLogits")}
     assert statuses == {"loaded", "no weight"}, str(table)
@@ -51,15 +59,17 @@ def test_maps_and_logits_are_theirs(name, tmp_path):
         assert actual.shape == theirs[key].shape
         # Both compute in float32, in another order.
         assert np.abs(actual - theirs[key]).max() < 2e-5 * np.abs(theirs[key]).max(), key
-    resized = jax.image.resize(x, (1, 11, 120, 3), method="linear", antialias=False)
+    resize = jax.jit(
+        lambda x: jax.image.resize(x, (1, 11, 120, 3), method="linear", antialias=False)
+    )
+    resized = resize(x)
     np.testing.assert_allclose(thin(np.asarray(resized)), theirs["resized"], atol=1e-5)
 
 
 def test_strides_and_names():
     model = MODELS["fid"]
     x = jax.ShapeDtypeStruct((2, 299, 299, 3), np.float32)
-    fresh = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
-    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), fresh, x)
+    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), shapes_of("fid"), x)
     shapes = {name: leaf.shape for name, leaf in maps.items()}
     assert shapes == {
         "stage1": (2, 35, 35, 288), "stage2": (2, 17, 17, 768), "stage3": (2, 8, 8, 2048)

@@ -46,7 +46,7 @@ def batch_of(n, channels=1, seed=0, size=(5, 7)):
 
 @functools.cache
 def initialized(model):
-    return jax.jit(Segmentation(model).init)(jax.random.key(0), batch_of(4))
+    return jax.device_get(jax.jit(Segmentation(model).init)(jax.random.key(0), batch_of(4)))
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def step_of(model):
             for method in (task.evaluate, task.predict, task.visualize)
         ]
 
-    return step
+    return lambda *given: jax.device_get(step(*given))
 
 
 def assert_equal(a, b):
@@ -105,7 +105,7 @@ def test_loss_metrics_and_predictions_are_those_of_the_closed_form():
     batch, model = batch_of(3, channels=2), Linear()
     weights = {"a": 0.5}
     task = Segmentation(model, {"a": cross_entropy, "b": focal}, weights, mean=0.25, std=0.5)
-    params, model_state = task.init(jax.random.key(0), batch)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
     dense = jax.tree.map(np.float64, params["model"]["Dense_0"])
     logits = (batch["image"] - 0.25) / 0.5 @ dense["kernel"] + dense["bias"]
     counts = batch["mask"] != 255
@@ -114,8 +114,17 @@ def test_loss_metrics_and_predictions_are_those_of_the_closed_form():
     a, b = -right.mean(), -((1 - np.exp(right)) ** 2 * right).mean()
 
     state = SimpleNamespace(model_state=model_state)
-    value, (_, trained) = task.loss(params, state, batch, jax.random.key(0))
-    held_out = task.evaluate(params, model_state, batch, jax.random.key(0))
+    key = jax.random.key(0)
+
+    @jax.jit
+    def run(params, batch):
+        return (
+            task.loss(params, state, batch, key),
+            task.evaluate(params, model_state, batch, key),
+            task.predict(params, model_state, batch, None)["prediction"],
+        )
+
+    (value, (_, trained)), held_out, found = run(params, batch)
     np.testing.assert_allclose(value, 0.5 * a + b, rtol=1e-5)
     for metrics in (trained, held_out):
         assert set(metrics) == {"loss", "a", "b", "accuracy"}
@@ -123,12 +132,10 @@ def test_loss_metrics_and_predictions_are_those_of_the_closed_form():
             np.testing.assert_allclose(metrics[name].compute(), expected, rtol=1e-5)
         accuracy = (logits.argmax(-1) == batch["mask"])[counts].mean()
         np.testing.assert_allclose(metrics["accuracy"].compute(), accuracy, rtol=1e-6)
-    found = task.predict(params, model_state, batch, None)["prediction"]
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, logits.argmax(-1))
-    assert set(Segmentation(model).evaluate(params, model_state, batch, None)) == {
-        "loss", "accuracy",
-    }  # fmt: skip
+    evaluate = Segmentation(model).evaluate
+    assert set(jax.eval_shape(evaluate, params, model_state, batch, None)) == {"loss", "accuracy"}
 
 
 def test_batches_of_any_size_give_the_same_mean():
@@ -176,24 +183,32 @@ def test_a_large_image_is_predicted_in_windows():
     np.testing.assert_allclose(found, logits(image)[0], rtol=1e-5, atol=1e-6)
 
 
+paint = jax.jit(draw.paint_classes)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_pictures_have_image_truth_and_prediction_side_by_side(channels):
     task = Segmentation(Linear())
     batch = batch_of(4, channels)
     batch["valid"][2] = False
-    params, model_state = task.init(jax.random.key(0), batch)
-    picture = jax.jit(task.visualize)(params, model_state, batch, None)["segmentation"]
+    params, model_state = jax.jit(task.init)(jax.random.key(0), batch)
+
+    @jax.jit
+    def see(params, batch):
+        given = params, model_state, batch, None
+        return task.visualize(*given)["segmentation"], task.predict(*given)["prediction"]
+
+    picture, prediction = jax.device_get(see(params, batch))
     # Cells of 3 x 7 pixels and 2 between them: three in the first row, one in the second.
     assert picture.shape == (2 * 7 + 2, 3 * 23 + 2, 3)
     assert picture.min() >= 0 and picture.max() <= 1
     cells = [picture[2:7, 2 + 23 * i : 23 + 23 * i] for i in range(3)]
     assert not cells[2].any()
     image = np.broadcast_to(batch["image"][1, ..., : 3 if channels >= 3 else 1], (5, 7, 3))
-    prediction = task.predict(params, model_state, batch, None)["prediction"][1]
     expected = [
         image,
-        draw.paint_classes(image, batch["mask"][1]),
-        draw.paint_classes(image, prediction),
+        paint(image, np.int32(batch["mask"][1])),
+        paint(image, prediction[1]),
     ]
     np.testing.assert_allclose(cells[1], np.concatenate(expected, axis=1), rtol=1e-6)
 
