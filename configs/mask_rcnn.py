@@ -1,16 +1,17 @@
 """Segmentation of each digit in composed scenes, 128 x 128 pixels, with Mask R-CNN.
 
 Mask R-CNN (arXiv:1703.06870) on a small residual network with a feature pyramid; scenes of one to
-six real MNIST digits that partly hide each other, the held-out ones made of held-out digits: 0.565,
-0.566 and 0.562 mask AP, 0.638, 0.644 and 0.638 box AP (COCO, .50:.95) on 500 held-out scenes (seeds
-0, 1, 2), after 16 min 55 s on two cores, all told, at 2.7 steps a second. With 256 features in the
-box head it was 0.571 and 0.652 (seed 0), at 4 to 18 % more time for a step.
+six real MNIST digits that partly hide each other, the held-out ones made of held-out digits: 0.559,
+0.555 and 0.556 mask AP, 0.634, 0.630 and 0.631 box AP (COCO, .50:.95) on 500 held-out scenes (seeds
+0, 1, 2), after 9 min 20 s on two cores, all told, nothing compiled before; on a slower day 2.7
+steps a second, which is 15. After 2,600 steps it was 0.565, 0.566 and 0.562, and with 256 features
+in the box head 0.571 (seed 0), at 4 to 18 % more time for a step.
 
 Muon (https://kellerjordan.github.io/posts/muon) takes little more than half the steps of AdamW,
 which with a rate of 4e-3 and those 256 had 0.558 and 0.634 after 4,800. The mask head sees the
 pixels of a box (`detail`): strokes are thinner than the cells of the finest level, and without them
 mask AP is 0.491; with two layers in place of four it is 0.528 (both with AdamW), with 32 features
-0.552 (Muon, 256 in the box head).
+0.552 (Muon, 2,600 steps, 256 in the box head).
 
     python main.py --config=configs/mask_rcnn.py
 """
