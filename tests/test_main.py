@@ -1,8 +1,6 @@
 """The program as a person uses it: bad input, resuming, signals, kills, and what is left behind."""
 
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from cvjax.errors import InputError, from_callbacks
 from cvjax.run import check_class_names, load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
+from tests.children import environment
 
 ROOT = Path(__file__).parents[1]
 LINEAR = str(ROOT / "tests/recipe_linear.py")
@@ -151,11 +150,8 @@ def test_what_a_compiled_program_refuses_is_an_input_error():
 def linear(workdir, *flags, **options):
     flags = flags if any("--config=" in flag for flag in flags) else [f"--config={LINEAR}", *flags]
     command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-    # One device, and programs that are compiled as quickly as those of the other tests.
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
+        command, cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ section 3.1, sizes in table 1); Ti and S are those of H. Touvron et al.: DeiT
 (https://arxiv.org/abs/2309.16588). Layer scale: H. Touvron et al.
 (https://arxiv.org/abs/2103.17239, section 2). Mean pooling: L. Beyer et al.
 (https://arxiv.org/abs/2205.01580), and before the norm H. Bao et al.: BEiT
-(https://arxiv.org/abs/2106.08254) and K. He et al. (https://arxiv.org/abs/2111.06377, section A.2).
+(https://arxiv.org/abs/2106.08254).
 """
 
 from functools import partial
@@ -82,9 +82,8 @@ class ViT(nn.Module):
       image_size: side of the images, in pixels, or (height, width), that the position embeddings
         are for; a multiple of `patch`.
       pooling: the head reads the "class" token; or the "mean" of the normalized patches, which then
-        have no class token beside them; or the norm of the mean of the patches, "mean_norm", as
-        BEiT's and the classifiers that are made of masked autoencoders do, which keep the token
-        (timm's `fc_norm`).
+        have no class token beside them; or the norm of the mean of the patches, "mean_norm", which
+        keep the token (timm's `fc_norm`).
       registers: how many further tokens take part and are not read.
       width, depth, heads: channels, blocks and heads in place of those of `size`.
       layer_scale: the scale of the residual branches at the beginning (DINOv2 has 1e-5); None for

@@ -1,7 +1,5 @@
 """Two processes train together and one goes on alone: the run is what it always was."""
 
-import os
-import re
 import socket
 import subprocess
 import sys
@@ -11,6 +9,7 @@ import pytest
 
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
+from tests.children import environment
 
 PROGRAM = """
 import sys, jax, optax
@@ -31,13 +30,10 @@ def run(workdir, steps, processes):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    # One device each, and programs that are compiled as quickly as those of the other tests.
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "XLA_FLAGS": flags}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(i), str(processes), port, workdir, str(steps)],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(processes)
     ]  # fmt: skip
