@@ -94,7 +94,7 @@ def test_recovers_the_mixture(sampler, process, steps):
     # Beyond the statistical error, that of the steps and of the noise that is left at t = 0: by
     # measure it is below half of this.
     bias = dict(weights=0.002, means=0.005, covariances=0.003)
-    assert_is_mixture(draw_many(sampler, process, steps, 10_000), bias)
+    assert_is_mixture(draw_many(sampler, process, steps, 20_000), bias)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
