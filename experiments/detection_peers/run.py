@@ -1,7 +1,7 @@
 """What an equally small detector of torchvision reaches on the scenes of our recipe.
 
     pip install torch torchvision
-    python experiments/detection_peers/run.py retinanet|fcos|mask_rcnn [--seed 0] [--steps N]
+    python experiments/detection_peers/run.py retinanet|fcos|mask_rcnn|keypoint_rcnn [--seed 0]
 
 The scenes, their order, the batch, the shape of the schedule, the widths of backbone, pyramid and
 heads, the anchors and the thresholds are those of the recipe of that name; the layers of the heads,
@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
@@ -41,7 +42,8 @@ from cvjax.detection.evaluate import CocoEvaluator
 from cvjax.train.evaluation import eval_loader_of
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"retinanet": 8000, "fcos": 7200, "mask_rcnn": 4800}
+STEPS = {"retinanet": 8000, "fcos": 7200, "mask_rcnn": 4800, "keypoint_rcnn": 4800}
+TWO_STAGES = ("mask_rcnn", "keypoint_rcnn")  # label 0 is the background in torchvision's
 RATE, B2 = 4e-3, 0.99  # as our recipes had with AdamW
 
 
@@ -85,8 +87,8 @@ def make(name: str, settings: dict) -> nn.Module:
     backbone, patch = Backbone(encoder), encoder["backbone"]["patch"]
     strides = [2 * patch * 2**i for i in range(len(encoder["stages"]))]
     options = dict(min_size=128, max_size=128, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    if name == "mask_rcnn":
-        return make_mask_rcnn(backbone, strides, settings, options)
+    if name in TWO_STAGES:
+        return make_rcnn(backbone, strides, settings, options)
     options |= dict(
         score_thresh=0.05, topk_candidates=settings["candidates"],
         detections_per_img=settings["outputs"],
@@ -119,11 +121,11 @@ def make(name: str, settings: dict) -> nn.Module:
     )  # fmt: skip
 
 
-def make_mask_rcnn(
+def make_rcnn(
     backbone: Backbone, strides: list[int], settings: dict, options: dict
-) -> MaskRCNN:
-    """Mask R-CNN; its mask head sees the features alone, without the pixels that ours sees."""
-    rpn, box, mask = settings["rpn"], settings["box_head"], settings["heads"]["mask"]
+) -> MaskRCNN | KeypointRCNN:
+    """Mask or Keypoint R-CNN; their last head sees the features alone, ours the pixels too."""
+    rpn, box, heads = settings["rpn"], settings["box_head"], settings["heads"]
     pool, width = settings["pool"], backbone.out_channels
     pooled = partial(
         MultiScaleRoIAlign, [str(i) for i in range(pool["levels"])],
@@ -132,7 +134,23 @@ def make_mask_rcnn(
     )  # fmt: skip
     sizes = tuple((rpn["scale"] * stride,) for stride in strides)
     ratios = (tuple(rpn["ratios"]),) * len(strides)
-    return MaskRCNN(
+    if "mask" in heads:
+        detector, head = MaskRCNN, heads["mask"]
+        channels = head["features"]
+        options |= dict(
+            mask_roi_pool=pooled(output_size=head["size"]),
+            mask_head=MaskRCNNHeads(width, [channels] * head["depth"], 1),
+            mask_predictor=MaskRCNNPredictor(channels, channels, head["num_classes"] + 1),
+        )
+    else:
+        detector, head = KeypointRCNN, heads["keypoints"]
+        channels = head["features"]
+        options |= dict(
+            keypoint_roi_pool=pooled(output_size=head["size"]),
+            keypoint_head=KeypointRCNNHeads(width, [channels] * head["depth"]),
+            keypoint_predictor=KeypointRCNNPredictor(channels, head["keypoints"]),
+        )
+    return detector(
         backbone,
         rpn_anchor_generator=AnchorGenerator(sizes, ratios),
         rpn_head=RPNHead(width, len(rpn["ratios"])),
@@ -147,11 +165,6 @@ def make_mask_rcnn(
         box_batch_size_per_image=settings["samples"],
         box_positive_fraction=settings["fraction"],
         box_detections_per_img=box["outputs"],
-        mask_roi_pool=pooled(output_size=mask["size"]),
-        mask_head=MaskRCNNHeads(width, [mask["features"]] * mask["depth"], 1),
-        mask_predictor=MaskRCNNPredictor(
-            mask["features"], mask["features"], mask["num_classes"] + 1
-        ),
         **options,
     )
 
@@ -162,13 +175,14 @@ def images_of(batch: dict[str, np.ndarray]) -> list[torch.Tensor]:
 
 
 def targets_of(batch: dict[str, np.ndarray], background: int) -> list[dict[str, torch.Tensor]]:
-    """Boxes, labels (`background` is added) and masks, if there are any, without padding."""
+    """Boxes, labels (`background` is added), masks and keypoints if there are any, not padded."""
     targets = []
     for i, real in enumerate(batch["box_valid"]):
         labels = torch.from_numpy(batch["box_label"][i][real]).long() + background
         targets.append({"boxes": torch.from_numpy(batch["boxes"][i][real]), "labels": labels})
-        if "masks" in batch:
-            targets[-1]["masks"] = torch.from_numpy(batch["masks"][i][real])
+        for part in ("masks", "keypoints"):
+            if part in batch:
+                targets[-1][part] = torch.from_numpy(batch[part][i][real])
     return targets
 
 
@@ -187,6 +201,9 @@ def evaluate(
             "masks": np.zeros((len(found), rows, *batch["image"].shape[1:3]), bool),
             "detected": np.zeros((len(found), rows), bool),
         }
+        if "keypoints" in batch:
+            shape = (len(found), rows, *batch["keypoints"].shape[2:])
+            outputs["keypoints"] = np.zeros(shape, np.float32)
         for i, one in enumerate(found):
             count = len(one["scores"])
             outputs["boxes"][i, :count] = one["boxes"].numpy()
@@ -194,6 +211,8 @@ def evaluate(
             outputs["labels"][i, :count] = one["labels"].numpy() - background
             if "masks" in one:
                 outputs["masks"][i, :count] = one["masks"][:, 0].numpy() >= 0.5
+            if "keypoints" in one:
+                outputs["keypoints"][i, :count] = one["keypoints"].numpy()
             outputs["detected"][i, :count] = True
         evaluator.add(outputs, batch)
     return evaluator.result()
@@ -209,8 +228,12 @@ def main() -> None:
     flags = parser.parse_args()
     recipe = configs.read(f"{ROOT}/configs/{flags.name}.py").to_dict()
     settings, optimizer = recipe["task"]["model"], recipe["optimizer"]
-    background = int(flags.name == "mask_rcnn")  # it has label 0 in torchvision's two stages
-    weights = {f"loss_{name}": weight for name, weight in recipe["task"]["weights"].items()}
+    background = int(flags.name in TWO_STAGES)
+    # The losses of the heads are called by the singular there.
+    weights = {
+        f"loss_{name.removesuffix('s')}": weight
+        for name, weight in recipe["task"]["weights"].items()
+    }
     steps = flags.steps or STEPS[flags.name]
     torch.manual_seed(flags.seed)
     torch.set_num_threads(1)
