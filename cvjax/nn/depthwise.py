@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cvjax.nn.fast_conv import DIMENSIONS, is_undilated_nhwc
+
 
 def depthwise_conv(
     x: jax.Array,
@@ -28,8 +30,15 @@ def depthwise_conv(
       x: [b, h, w, c].
       kernel: [height, width, 1, c].
       strides, padding: as of `lax.conv_general_dilated`.
-      options: the rest of what `nn.Conv` gives; dilations must be 1.
+      options: the rest of what `nn.Conv` gives. What it does not say is as above: the dimensions,
+        and as many groups as channels. With others, or with dilations, it is XLA's own.
     """
+    options = {"dimension_numbers": DIMENSIONS, "feature_group_count": x.shape[-1], **options}
+    is_plain = is_undilated_nhwc(x, kernel, options) and (
+        options["feature_group_count"] == x.shape[-1] == kernel.shape[-1]
+    )
+    if not is_plain:
+        return lax.conv_general_dilated(x, kernel, tuple(strides), padding, **options)
     size = kernel.shape[:2]
     strides = tuple(strides)
     if isinstance(padding, str):

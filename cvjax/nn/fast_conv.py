@@ -11,7 +11,7 @@ from jax import lax
 
 _FEW_PIXELS = 16  # of the output, up to which patches are gathered
 _MANY_PIXELS, _MANY_CHANNELS = 100, 32  # from which on the kernel's gradient is a sum of matmuls
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -42,20 +42,16 @@ def fast_conv(
       x: [b, h, w, c].
       kernel: [height, width, c, features].
       strides, padding: as of `lax.conv_general_dilated`.
-      options: the rest of what `nn.Conv` gives.
+      options: the rest of what `nn.Conv` gives; dimensions are as above if it says nothing of them.
     """
+    options = {"dimension_numbers": DIMENSIONS, **options}
     general = partial(
         lax.conv_general_dilated, window_strides=tuple(strides), padding=padding, **options
     )
     is_plain = (
-        x.ndim == 4
+        is_undilated_nhwc(x, kernel, options)
         and x.dtype == kernel.dtype == jnp.float32
-        and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
-        and all(
-            step == 1
-            for name in ("lhs_dilation", "rhs_dilation")
-            for step in options.get(name) or ()
-        )
+        and options.get("feature_group_count", 1) == 1
         and prod(x.shape) > 0
     )
     if not is_plain:
@@ -65,6 +61,22 @@ def fast_conv(
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
     return _convolve(x, kernel, strides, padding, options.get("precision"))
+
+
+def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
+    """Whether these options of `lax.conv_general_dilated` are those of a usual layer on images."""
+    if x.ndim != 4:
+        return False
+    wanted, asked = (
+        lax.conv_dimension_numbers(x.shape, kernel.shape, dimensions)
+        for dimensions in (DIMENSIONS, options["dimension_numbers"])
+    )
+    dilations = (options.get(name) or () for name in ("lhs_dilation", "rhs_dilation"))
+    return (
+        asked == wanted
+        and all(step == 1 for steps in dilations for step in steps)
+        and options.get("batch_group_count", 1) == 1
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -109,7 +121,7 @@ def _tangent(
 def _own(strides: tuple[int, int], padding: Padding, precision: Any) -> Callable:
     return partial(
         lax.conv_general_dilated,
-        window_strides=strides, padding=padding, dimension_numbers=_DIMENSIONS, precision=precision,
+        window_strides=strides, padding=padding, dimension_numbers=DIMENSIONS, precision=precision,
     )  # fmt: skip
 
 

@@ -66,6 +66,34 @@ def test_equals_the_general_convolution(size, kernel, stride, padding):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((2, 5, 4, 6), (3, 3, 1, 6), {}),
+        ((2, 5, 4, 6), (3, 3, 1, 6), dict(rhs_dilation=(2, 2))),
+        ((2, 5, 4, 6), (3, 3, 1, 6), dict(lhs_dilation=(2, 1), padding=((1, 1), (2, 0)))),
+        ((2, 5, 4, 6), (3, 3, 1, 12), {}),
+        ((2, 5, 4, 6), (3, 3, 2, 6), dict(feature_group_count=3)),
+        (
+            (2, 6, 5, 4),
+            (6, 1, 3, 3),
+            dict(feature_group_count=6, dimension_numbers=("NCHW", "OIHW", "NCHW")),
+        ),
+        ((2, 5, 6), (3, 1, 6), dict(dimension_numbers=("NHC", "HIO", "NHC"))),
+    ],
+)
+def test_options_that_are_not_said_and_those_of_xla(shape, kernel, options):
+    rng = np.random.default_rng(0)
+    x, weight = (rng.normal(size=of).astype(np.float32) for of in (shape, kernel))
+    strides = (1,) * (len(shape) - 2)
+    options = dict(padding="SAME") | options
+    said = dict(feature_group_count=6, **OPTIONS) | options
+    ours = jax.jit(lambda *given: depthwise_conv(*given, strides, **options))
+    own = jax.jit(lambda *given: lax.conv_general_dilated(*given, strides, **said))
+    # Sums of up to 9 products of order one, in another order.
+    np.testing.assert_allclose(ours(x, weight), own(x, weight), rtol=1e-5, atol=1e-5)
+
+
 def test_it_is_linear_in_each_argument():
     """Its derivative along x at any place is the convolution of that direction, in bfloat16 too."""
     rng = np.random.default_rng(0)

@@ -119,6 +119,18 @@ def test_groups_and_dilations_are_xlas(options):
     np.testing.assert_array_equal(ours, own)
 
 
+def test_dimensions():
+    """Those that are not said are NHWC, others are XLA's: the two give the same."""
+    x = np.random.default_rng(0).standard_normal((2, 6, 5, 3)).astype(np.float32)
+    kernel = np.random.default_rng(1).standard_normal((3, 3, 3, 4)).astype(np.float32)
+    unsaid = jax.jit(lambda: fast_conv(x, kernel, (1, 1), "SAME"))()
+    dimensions = ("NCHW", "OIHW", "NCHW")
+    turned = x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
+    said = jax.jit(lambda: fast_conv(*turned, (1, 1), "SAME", dimension_numbers=dimensions))()
+    # Sums of 27 products of order one, in another order.
+    np.testing.assert_allclose(said.transpose(0, 2, 3, 1), unsaid, rtol=1e-5, atol=1e-5)
+
+
 def test_other_types_and_empty_batches_are_xlas():
     x, kernel = np.ones((2, 2, 2, 3), jnp.bfloat16), np.ones((3, 3, 3, 4), jnp.bfloat16)
     convolve = jax.jit(lambda x: fast_conv(x, kernel, (1, 1), "SAME", **LAYOUT))
