@@ -77,6 +77,12 @@ BAD = {
     "too few classes": (
         [f"--config={ROOT}/configs/classification.py", "--config.task.model.num_classes=7"],
         "config.task.model.num_classes is 7, but config.data.train has 10 classes"),
+    "too few classes are evaluated": (
+        [f"--config={ROOT}/configs/fcos.py", "--config.evaluators.coco.num_classes=7"],
+        "config.evaluators.coco.num_classes is 7, but config.data.test has 10 classes"),
+    "sigmas": (
+        [f"--config={ROOT}/configs/keypoint_rcnn.py", "--config.evaluators.coco.sigmas=(0.05,0.1)"],
+        "config.evaluators.coco.sigmas has 2 numbers, but config.data.test has 4 keypoints"),
     "alone": (["--distributed"], "leave the flag out"),
     "setting of a transform": (
         [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees=-1.0 must be from 0"),

@@ -59,7 +59,7 @@ def max_iou(
     chosen = best >= foreground
     ignored = (best >= background) & ~chosen
     if low_quality:
-        highest = jnp.max(overlap, 1, keepdims=True)
+        highest = jnp.max(overlap, 1, keepdims=True, initial=0.0)
         chosen |= jnp.any((overlap == highest) & (highest > 0), 0)
     return _assignment(index, chosen, ignored & ~chosen)
 

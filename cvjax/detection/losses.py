@@ -1,7 +1,7 @@
 """Losses of detection: one float32 per element or per box, and the sums over those that count.
 
 Logits are of any float type; all is computed in float32 and finite, with finite gradients, for
-logits up to the limits of float32. Boxes are xyxy, predicted and true ones side by side [..., 4].
+logits up to 1e38. Boxes are xyxy, predicted and true ones side by side [..., 4].
 What does not count (padding, ignored anchors) is taken out by `normalized`, whose weight is 0
 there.
 """

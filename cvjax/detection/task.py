@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
+from cvjax.data.ranges import check_channels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
@@ -61,6 +63,21 @@ class Detection:
         """One: the weighted sum of the model's losses, for the group "model"."""
         return (Objective("model", self.loss),)
 
+    def check(self, batch: Batch) -> None:
+        """Raises InputError for a batch on the host with a label that is no class of the model's.
+
+        That is where the model, its `head` or its `box_head` has `num_classes`. Also for a `mean`
+        or `std` of another length than images have channels.
+        """
+        check_channels(batch, mean=self.mean, std=self.std)
+        real = np.asarray(batch["box_valid"]) & np.asarray(batch["valid"])[:, None]
+        label, classes = np.asarray(batch["box_label"])[real], _num_classes(self.model)
+        if classes and (wrong := label[(label < 0) | (label >= classes)]).size:
+            raise InputError(
+                f"box_label is {wrong[0]} in the first batch, but num_classes is {classes}: "
+                f"classes are 0..{classes - 1}"
+            )
+
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""
         params_rng, dropout_rng = jax.random.split(rng)
@@ -72,7 +89,10 @@ class Detection:
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-        """The weighted sum of the losses; 0 for a batch of nothing."""
+        """The weighted sum of the losses; 0 for a batch of nothing.
+
+        NaN where a label is no class of the model's: as background nobody would miss it.
+        """
         valid = jnp.asarray(batch["valid"], bool)
         any_valid = jnp.any(valid)
         # The statistics of no rows at all would be NaN.
@@ -158,6 +178,10 @@ class Detection:
             raise InputError(f"Detection: weights has {name!r}, no loss of the model's; there are: "
                              f"{', '.join(values)}")  # fmt: skip
         total = sum(self.weights.get(name, 1.0) * value for name, value in values.items())
+        if classes := _num_classes(self.model):
+            label = truth["box_label"]
+            is_class = (label >= 0) & (label < classes)
+            total = jnp.where(jnp.all(is_class | ~truth["box_valid"]), total, jnp.nan)
         count = jnp.sum(truth["valid"])
         return total, {
             name: Average(total=value * count, count=count)
@@ -200,6 +224,12 @@ class Detection:
                 for name, x in truth.items()
             }
         return {**truth, "valid": valid}
+
+
+def _num_classes(model: nn.Module) -> int:
+    """How many classes a model has; 0 where it does not say."""
+    parts = (model, getattr(model, "head", None), getattr(model, "box_head", None))
+    return next((found for part in parts if (found := getattr(part, "num_classes", 0))), 0)
 
 
 def _paint(images: jax.Array, objects: Mapping[str, jax.Array], shown: jax.Array) -> jax.Array:

@@ -228,8 +228,12 @@ def fit(
                     _record(writer, history, update, row)
                 found = {}
                 if evaluating and eval_loader is not None:
-                    with progress.paused():
-                        found, pictures = evaluate_state(state)
+                    try:
+                        with progress.paused():
+                            found, pictures = evaluate_state(state)
+                    except Exception:  # what was trained is not lost for it
+                        save(wait=True)
+                        raise
                     progress.show(update, {f"eval/{n}": v for n, v in found.items()}, force=True)
                     _record(writer, history, update, {f"eval/{n}": v for n, v in found.items()})
                     writer.write_images(step=update, images=pictures)

@@ -155,6 +155,8 @@ def test_a_mirror_swaps_left_and_right(photographs):
     assert after[:, 2].tolist() == [2, 0, 1]
     names = ("nose", "left_eye", "right_eye", "left_ear", "tip_left_up", "tip_right_up")
     assert mirrored_points(names) == (0, 2, 1, 3, 5, 4)
+    names = ("Left Eye", "Right Eye", "left-ear", "right-ear", "leftover", "rightover")
+    assert mirrored_points(names) == (1, 0, 3, 2, 4, 5)
 
 
 def test_too_many_objects_are_counted_and_said(photographs, caplog):
@@ -200,6 +202,25 @@ def write_tiny(root, change=None):
         Image.fromarray(np.full((8, 9, 3), 90, np.uint8)).save(root / "images" / name)
     (root / "annotations.json").write_text(json.dumps(data))
     return root
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    source = Coco(tmp_path / "images", write_tiny(tmp_path) / "annotations.json", keypoints=True)
+
+    def change(data):
+        for entry in [*data["images"], *data["annotations"], *data["categories"]]:
+            for key in ("id", "image_id", "category_id", "width", "height", "iscrowd", "ignore"):
+                if isinstance(entry.get(key), int):
+                    entry[key] = float(entry[key])
+        data["annotations"][1]["keypoints"] = []
+
+    (tmp_path / "floats").mkdir()
+    write_tiny(tmp_path / "floats", change)
+    same = Coco(tmp_path / "images", tmp_path / "floats/annotations.json", keypoints=True)
+    assert len(same) == len(source) == 2
+    for i in range(2):
+        for name, value in source[i].items():
+            np.testing.assert_array_equal(same[i][name], value, err_msg=name)
 
 
 def put(*path, value):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cvjax.data.sources.tfds as tfds_sources
 import main
 from cvjax.data.loader import Loader
 from cvjax.data.sources.tfds import Tfds, TfdsDetection
@@ -215,6 +216,20 @@ def test_boxes_of_a_prepared_dataset(objects_dir, kind):
             np.testing.assert_allclose(record["area"][:i], areas[:i], rtol=1e-6)
     batch = next(Loader(source, 3).iterate())
     assert batch["boxes"].shape == (3, 3, 4) and batch["image"].shape == (3, 8, 20, 3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(first_pixel=1), dict(first_pixel=0)])
+def test_the_first_pixel_of_voc_is_one(objects_dir, options, monkeypatch):
+    """TFDS divides xmin and ymin as they stand in VOC's files, where the first pixel is 1."""
+    opened = tfds_sources._open
+    monkeypatch.setattr(tfds_sources, "_open", lambda _, *rest: opened("tiny_objects/voc", *rest))
+    source = TfdsDetection("voc/2007", data_dir=objects_dir, max_instances=3, **options)
+    (full,) = (one for one in (source[i] for i in range(3)) if one["image"].max() == 3)
+    first = options.get("first_pixel", 1)
+    expected = [[5 - first, -first, 20, 4], [-first, 2 - first, 2, 8]]
+    np.testing.assert_allclose(full["boxes"][:2], expected, rtol=1e-6)
+    with pytest.raises(InputError, match="first_pixel is 2; it must be 0, 1 or None"):
+        TfdsDetection("voc/2007", data_dir=objects_dir, first_pixel=2)
 
 
 def test_boxes_are_scaled_counted_and_checked(objects_dir, caplog):

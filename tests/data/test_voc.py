@@ -69,6 +69,10 @@ def test_boxes_count_pixels_from_one_and_what_is_difficult_is_ignored(tmp_path):
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[2]["boxes"], source[2]["boxes"])
     assert len(VocDetection(tmp_path, "dog_train")) == 3
+    from_zero = VocDetection(tmp_path, max_instances=3, first_pixel=0, on_bad="skip")
+    np.testing.assert_array_equal(from_zero[0]["boxes"][:2], [[3, 2, 8, 9], [1, 1, 12, 10]])
+    with pytest.raises(InputError, match="first_pixel is 2; it must be 0 or 1"):
+        VocDetection(tmp_path, first_pixel=2)
     batch = next(Loader(VocDetection(tmp_path, image_size=24), 3).iterate())
     assert batch["image"].shape == (3, 24, 24, 3) and batch["boxes"].shape == (3, 50, 4)
 

@@ -118,6 +118,15 @@ def test_max_iou(seed):
         assigners.max_iou(ANCHORS, box, valid, foreground=0.3, background=0.4, low_quality=True)
 
 
+def test_without_anchors_nobody_is_assigned():
+    box, _, valid = truth(0)
+    for low_quality in (False, True):
+        out = assigners.max_iou(
+            np.zeros((0, 4)), box, valid, foreground=0.5, background=0.3, low_quality=low_quality
+        )
+        assert out.index.shape == out.weight.shape == out.foreground.shape == (0,)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_atss(seed):
     box, label, valid = truth(seed)

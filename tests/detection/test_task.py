@@ -261,6 +261,23 @@ def test_the_picture_has_truth_left_and_prediction_right():
     np.testing.assert_allclose(picture[2:38, 2:52], expected, atol=1e-6)
 
 
+def test_a_label_that_is_no_class_is_not_passed_over():
+    """Nor taken for the background; where a box is not valid any label will do."""
+    task, batch = Detection(detector("fcos")), batch_of()
+    task.check(batch)
+    measure = jax.jit(lambda batch: task.evaluate(*initialized("fcos"), batch, jax.random.key(0)))
+    for label in (CLASSES, -1):
+        labels = batch["box_label"].copy()
+        labels[1, 2] = label
+        wrong = {**batch, "box_label": labels}
+        with pytest.raises(InputError, match=f"box_label is {label} in the first batch, but num_c"):
+            task.check(wrong)
+        assert np.isnan(measure(wrong)["loss"].total)
+        hidden = {**wrong, "box_valid": labels != label}
+        task.check(hidden)
+        assert np.isfinite(measure(hidden)["loss"].total)
+
+
 def test_weights_of_losses_that_are_not_there():
     task, batch = Detection(detector("fcos"), weights={"box": 2.0, "boxes": 1.0}), batch_of()
     with pytest.raises(

@@ -81,6 +81,23 @@ def test_evaluators_start_afresh():
     assert seen == [21.0, 21.0]
 
 
+class Fails(Count):
+    def add(self, outputs, batch):
+        raise InputError("no such class")
+
+
+def test_what_was_trained_is_not_lost_when_it_cannot_be_evaluated(tmp_path):
+    options = dict(
+        steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2, eval_data=Linear(21),
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no such class"):
+        fit(Regression(), Linear(), evaluators={"fails": Fails()}, **options)
+    steps = [row["step"] for row in fit(Regression(), Linear(), **options).history]
+    assert steps[0] == 2 and "train/loss" in fit(Regression(), Linear(), **options).history[0]
+    assert [step for step in steps if step > 2] == [4, 4]
+
+
 def test_pictures_of_evaluators_stand_beside_those_of_the_task(tmp_path):
     fit(
         Regression(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),

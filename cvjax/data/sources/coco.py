@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ class Coco:
         keypoints: whether records have keypoints; an object without has all invisible ones.
         channels: 3 for colour, 1 for grey.
         on_bad: "error" at the first bad image or annotation; "skip" leaves each out, says how many
-            there are, and lists them in the field `skipped`.
+            there are, and lists them in the field `skipped`. Of an image this is what the file says
+            of it; its pixels are read, and their number compared, when its record is.
         max_pixels: an image that claims to be larger is bad, for it would fill the memory.
 
     Raises:
@@ -171,11 +173,13 @@ class Coco:
 def mirrored_points(names: tuple[str, ...]) -> tuple[int, ...]:
     """For each keypoint the number of that which takes its place in a mirror.
 
-    That of "left_eye" is "right_eye", if it is there; all others stay what they are.
+    That of "left_eye", "Left Eye" or "left-eye" is what says "right" in its place, if it is there;
+    all others stay what they are.
     """
-    number = {name: k for k, name in enumerate(names)}
-    other = ["_".join(_MIRRORED.get(word, word) for word in name.split("_")) for name in names]
-    return tuple(number.get(name, k) for k, name in enumerate(other))
+    words = [tuple(re.split(r"([^a-z]+)", name.lower())) for name in names]
+    number = {parts: k for k, parts in enumerate(words)}
+    other = [tuple(_MIRRORED.get(part, part) for part in parts) for parts in words]
+    return tuple(number.get(parts, k) for k, parts in enumerate(other))
 
 
 def _load(file: pathlib.Path) -> dict[str, list]:
@@ -195,7 +199,7 @@ def _categories(file: pathlib.Path, entries: list) -> dict[int, str]:
     """{id: name}, in the order of the ids."""
     names = {}
     for number, entry in enumerate(entries):
-        identity, name = (_get(entry, key) for key in ("id", "name"))
+        identity, name = _whole(_get(entry, "id")), _get(entry, "name")
         if type(identity) is not int or not isinstance(name, str) or identity in names:
             raise InputError(
                 f"{file}: categories[{number}] is {short(entry)}: it must have an id of its own, a "
@@ -225,6 +229,11 @@ def _get(entry: object, key: str) -> Any:
     return entry.get(key) if isinstance(entry, dict) else None
 
 
+def _whole(value: Any) -> Any:
+    """90.0, as some tools write it, as 90."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _named(entry: object, key: str, number: int) -> str:
     """How a message calls an entry: by its name, or where it has none by its place."""
     name = _get(entry, key)
@@ -232,7 +241,7 @@ def _named(entry: object, key: str, number: int) -> str:
 
 
 def _identity(entry: object, number: int, where: str) -> int | str:
-    identity = _get(entry, "id")
+    identity = _whole(_get(entry, "id"))
     if not isinstance(identity, int | str):
         raise ValueError(
             f"{where}[{number}] has the id {short(identity)}: it must be a whole number or text"
@@ -241,7 +250,7 @@ def _identity(entry: object, number: int, where: str) -> int | str:
 
 
 def _read_image(entry: dict, folder: pathlib.Path, max_pixels: int) -> _Image:
-    name, height, width = (entry.get(key) for key in ("file_name", "height", "width"))
+    name, height, width = (_whole(entry.get(key)) for key in ("file_name", "height", "width"))
     if not isinstance(name, str) or not name:
         raise ValueError(f"its file_name is {short(name)}")
     if any(type(side) is not int or side < 1 for side in (height, width)):
@@ -256,7 +265,7 @@ def _read_image(entry: dict, folder: pathlib.Path, max_pixels: int) -> _Image:
 
 def _image_of(entry: object, images: dict[Any, _Image | None]) -> _Image | None:
     """The image of an annotation; None where that one is bad itself."""
-    identity = _get(entry, "image_id")
+    identity = _whole(_get(entry, "image_id"))
     if not isinstance(identity, int | str) or identity not in images:
         raise ValueError(f"there is no image with its image_id {short(identity)}")
     return images[identity]
@@ -270,7 +279,7 @@ def _read_object(
     points: int | None,
 ) -> _Object:
     """Checks an annotation; raises ValueError. `points` is None where they are not asked for."""
-    category, box = entry.get("category_id"), entry.get("bbox")
+    category, box = _whole(entry.get("category_id")), entry.get("bbox")
     if type(category) is not int or category not in labels:
         raise ValueError(f"there is no category with its category_id {short(category)}")
     if not is_numbers(box) or len(box) != 4:
@@ -280,7 +289,7 @@ def _read_object(
     area = entry.get("area", box[2] * box[3])
     if not is_numbers([area]) or not 0 <= area <= _MOST_AREA:
         raise ValueError(f"its area is {short(area)}")
-    flags = [entry.get("iscrowd", 0), entry.get("ignore", 0)]
+    flags = [_whole(entry.get(name, 0)) for name in ("iscrowd", "ignore")]
     for name, flag in zip(("iscrowd", "ignore"), flags, strict=True):
         if not isinstance(flag, int) or flag not in (0, 1):
             raise ValueError(f"its {name} is {short(flag)}: it must be 0 or 1")
@@ -295,7 +304,7 @@ def _read_object(
 
 
 def _read_points(values: object, count: int, image: _Image) -> np.ndarray:
-    if values is None:
+    if values is None or values == []:
         return np.zeros((count, 3), np.float32)
     if not is_numbers(values) or len(values) != 3 * count:
         raise ValueError(

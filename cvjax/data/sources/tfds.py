@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ class TfdsDetection:
             else it is scaled to fit inside (height, width), or the side of a square.
         max_instances: rows of a record. As records are read, it is said how many objects are left
             out for that.
+        first_pixel: 1 where x1 and y1 count pixels from 1, 0 where they are continuous. None is 1
+            for "voc", whose coordinates TFDS divides as they stand in VOC's files, and else 0.
         on_bad: "error" at a bad object, one whose box has no area or whose label is no class;
             "skip" leaves each out. As records are read, it is said how many these were, and
             `skipped` lists them.
@@ -91,10 +94,13 @@ class TfdsDetection:
     data_dir: str | pathlib.Path | None = None
     image_size: Size | None = None
     max_instances: int = 100
+    first_pixel: int | None = None
     on_bad: str = "error"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_faults", Faults(self.on_bad))
+        if self.first_pixel not in (None, 0, 1):
+            raise InputError(f"first_pixel is {self.first_pixel!r}; it must be 0, 1 or None")
         check_settings(3, self.image_size, self.max_instances, 1)
         features, data = _open(self.name, self.split, self.data_dir, ("image", "objects"))
         objects = features["objects"].feature
@@ -117,7 +123,10 @@ class TfdsDetection:
         height, width = image.shape[:2]
         labels = np.asarray(objects["label"], np.int64).reshape(-1)
         relative = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
-        boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height]
+        first = self.first_pixel
+        if first is None:
+            first = int(re.split("[/:]", self.name)[0] == "voc")
+        boxes = relative[:, [1, 0, 3, 2]] * [width, height, width, height] - [first, first, 0, 0]
         keep = np.ones(len(boxes), bool)
         for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
             try:

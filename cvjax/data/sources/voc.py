@@ -92,14 +92,15 @@ class VocDetection:
     The names in ImageSets/Main/<split>.txt are those of JPEGImages/<name>.jpg and of
     Annotations/<name>.xml. Records are those of `cvjax.data.sources.instances`, in the order of the
     list: `ignore` is what is "difficult", and there are no crowds. Coordinates in the files count
-    pixels from 1 and a box contains its last ones: x1 = xmin - 1, x2 = xmax. All annotations are
-    checked when the source is made.
+    pixels from 1 and a box contains its last ones: x1 = xmin - 1, x2 = xmax; with `first_pixel` 0
+    they are continuous. All annotations are checked when the source is made.
 
     Attributes:
         path: a folder, at or above (up to three levels) the one with ImageSets; or a tar archive,
             which is unpacked beside it, once (see `cvjax.data.archive.unpack_once`).
         split: "train", "val", "trainval", or whatever else there is a list for.
         class_names: in the order of the labels; another name in a file is bad.
+        first_pixel: 1, as in VOC, or 0, as some tools write its format: then x1 = xmin.
         image_size, max_instances, channels, on_bad, max_pixels: see `cvjax.data.sources.coco.Coco`.
 
     Raises:
@@ -112,6 +113,7 @@ class VocDetection:
     path: str | pathlib.Path
     split: str = "train"
     class_names: tuple[str, ...] = VOC_OBJECTS
+    first_pixel: int = 1
     image_size: Size | None = None
     max_instances: int = 50
     channels: int = 3
@@ -120,6 +122,8 @@ class VocDetection:
 
     def __post_init__(self) -> None:
         check_settings(self.channels, self.image_size, self.max_instances, self.max_pixels)
+        if self.first_pixel not in (0, 1):
+            raise InputError(f"first_pixel is {self.first_pixel!r}; it must be 0 or 1")
         faults = Faults(self.on_bad)
         root, names = _find(self.path, "Main", self.split)
         left_out = LeftOut(f"{root} ({self.split})", self.max_instances)
@@ -130,7 +134,7 @@ class VocDetection:
                 content = file.read_bytes()
                 if not (root / "JPEGImages" / f"{name}.jpg").is_file():
                     raise ValueError(f"it is not in {root / 'JPEGImages'}")
-                truth = read_objects(content, self.class_names)
+                truth = read_objects(content, self.class_names, self.first_pixel)
             except FileNotFoundError:
                 faults.add(f"{file} does not exist: {image} has no annotation")
                 continue
