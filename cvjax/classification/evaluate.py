@@ -68,7 +68,8 @@ class Confusion:
         counts = self.matrix.sum(1)
         names = self.class_names or [str(i) for i in range(len(counts))]
         accuracy = {
-            f"accuracy/{name}": self.matrix[i, i] / counts[i]
+            f"accuracy/{name if names.count(name) == 1 else f'{name} ({i})'}": self.matrix[i, i]
+            / counts[i]
             for i, name in enumerate(names)
             if counts[i]
         }

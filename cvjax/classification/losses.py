@@ -86,13 +86,15 @@ def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[
 
     Scaled so that they sum to the number of classes; a class without examples gets weight 0.
     beta = 0 weighs all alike, beta -> 1 by the inverse of the count. Y. Cui et al., Class-Balanced
-    Loss (https://arxiv.org/abs/1901.05555), equation 2. Raises ValueError for a beta outside
-    [0, 1) and where no class has an example.
+    Loss (https://arxiv.org/abs/1901.05555), equation 2. Raises InputError for a beta outside
+    [0, 1), for a negative count and where no class has an example.
     """
     if not 0 <= beta < 1:
-        raise ValueError(f"beta is {beta}; it must be in [0, 1)")
-    if not any(counts):
-        raise ValueError(f"counts are {tuple(counts)}; at least one class must have examples")
+        raise InputError(f"beta is {beta}; it must be in [0, 1)")
+    if min(counts, default=0) < 0 or not any(counts):
+        raise InputError(
+            f"counts are {tuple(counts)}; none may be negative, and one class must have examples"
+        )
     weights = [(1 - beta) / (1 - beta**n) if n else 0.0 for n in counts]
     scale = sum(1 for n in counts if n) / sum(weights)
     return tuple(weight * scale for weight in weights)
@@ -121,6 +123,15 @@ def distillation(
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     return temperature**2 * jnp.sum(_times_log(jnp.exp(log_q), log_q - log_p), axis=-1)
+
+
+def sigmoid_distillation(
+    logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """`distillation` of labels that do not exclude each other: the mean over them, [b]."""
+    # A sigmoid is a softmax over the logit and 0.
+    student, teacher = (jnp.stack([x, jnp.zeros_like(x)], -1) for x in (logits, teacher_logits))
+    return jnp.mean(distillation(student, teacher, temperature=temperature), axis=-1)
 
 
 def _weighted(values: jax.Array, name: str, weights: Sequence[float] | None) -> jax.Array:

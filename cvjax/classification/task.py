@@ -11,7 +11,12 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.classification.losses import distillation, softmax_cross_entropy
+from cvjax.classification.losses import (
+    distillation,
+    sigmoid_distillation,
+    softmax_cross_entropy,
+)
+from cvjax.data.ranges import check_channels
 from cvjax.data.transforms.mixing import Mixed
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
@@ -93,10 +98,12 @@ class Classification:
     def check(self, batch: Batch) -> None:
         """Raises InputError for a batch on the host without labels, or with one that is no class.
 
-        The latter where the model says how many there are, by a field `num_classes`.
+        The latter where the model says how many there are, by a field `num_classes`. Also for a
+        `mean` or `std` that has another length than the images have channels.
         """
         if "label" not in batch:
             raise InputError(f"Classification needs a field label; there are: {', '.join(batch)}")
+        check_channels(batch, mean=self.mean, std=self.std)
         label = np.asarray(batch["label"])[batch["valid"]]
         classes = getattr(self.model, "num_classes", 0)
         if label.ndim == 1 and classes and (wrong := label[(label < 0) | (label >= classes)]).size:
@@ -152,7 +159,8 @@ class Classification:
             model_state["teacher"] = state.model_state["teacher"]
             variables = {"params": params["teacher"], **model_state["teacher"]}
             taught = self.teacher.apply(variables, self._input(batch), train=False)
-            distance = distillation(logits, taught, temperature=self.temperature)
+            apart = distillation if self.exclusive else sigmoid_distillation
+            distance = apart(logits, taught, temperature=self.temperature)
             metrics["distillation"] = mean(distance, valid)
             losses = (1 - self.teacher_weight) * losses + self.teacher_weight * distance
         value = jnp.sum(jnp.where(valid, losses, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
@@ -246,6 +254,6 @@ def _target(batch: Batch, classes: int) -> jax.Array:
             f"number for each image, or [{len(label)}, {classes}], a probability for each class"
         )
     if label.ndim == 1:
-        is_class = (label >= 0) & (label < classes)
+        is_class = (label >= 0) & (label < classes) & (label == jnp.floor(label))
         label = jnp.where(is_class[:, None], jax.nn.one_hot(label, classes), jnp.nan)
     return jnp.where(valid, label, 0.0)

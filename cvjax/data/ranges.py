@@ -1,4 +1,4 @@
-"""What values images may have."""
+"""What values images may have, and how many channels."""
 
 from collections.abc import Mapping
 
@@ -18,3 +18,14 @@ def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
             f"images have values from {image.min():.4g} to {image.max():.4g}; this task takes "
             "them in [0, 1]: give uint8, which the loader divides by 255, or rescale"
         )
+
+
+def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[float, ...]) -> None:
+    """Raises InputError unless each setting is a number, or one for each channel of the images."""
+    channels = np.shape(batch["image"])[-1]
+    for name, value in settings.items():
+        if np.ndim(value) > 1 or np.size(value) not in (1, channels):
+            raise InputError(
+                f"{name} is {value}; the images have {channels} channels: it must be a number, or "
+                "one for each of them"
+            )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu.metrics import Average
 
+from cvjax.data.ranges import check_channels
 from cvjax.errors import InputError, nearest
 from cvjax.nn.features import ordered_features
 from cvjax.train.state import Params, PyTree, TrainState
@@ -100,6 +101,10 @@ class MultiTask:
     def objectives(self) -> Sequence[Objective]:
         """One: the sum of the heads' losses, for the group "model"."""
         return (Objective("model", self.loss),)
+
+    def check(self, batch: Batch) -> None:
+        """Raises InputError for a `mean` or `std` of another length than images have channels."""
+        check_channels(batch, mean=self.mean, std=self.std)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"backbone": ..., "heads_<name>": ...}} and other collections.

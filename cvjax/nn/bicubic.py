@@ -13,7 +13,8 @@ def resize_bicubic(grid: jax.Array, height: int, width: int) -> jax.Array:
     R. Keys: Cubic Convolution Interpolation for Digital Image Processing, IEEE TASSP 1981,
     equation 4, with a = -0.75, pixels as areas (their corners are aligned, not their centres),
     the border continued, and no filter where the grid becomes smaller. `jax.image.resize` has
-    a = -0.5, which is another function: published position embeddings are resampled by this one.
+    a = -0.5, which is another function: torch resamples position embeddings by
+    this one, without a filter as Hugging Face does it (timm 1.0 filters).
     """
     if grid.shape[:2] == (height, width):
         return grid

@@ -34,22 +34,29 @@ def depthwise_conv(
         and as many groups as channels. With others, or with dilations, it is XLA's own.
     """
     options = {"dimension_numbers": DIMENSIONS, "feature_group_count": x.shape[-1], **options}
-    is_plain = is_undilated_nhwc(x, kernel, options) and (
-        options["feature_group_count"] == x.shape[-1] == kernel.shape[-1]
-    )
-    if not is_plain:
-        return lax.conv_general_dilated(x, kernel, tuple(strides), padding, **options)
-    size = kernel.shape[:2]
     strides = tuple(strides)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-    padding = tuple((int(low), int(high)) for low, high in padding)
-
-    def sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _correlate(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, strides)
 
     def general(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    is_plain = (
+        is_undilated_nhwc(x, kernel, options)
+        and options["feature_group_count"] == x.shape[-1] == kernel.shape[-1]
+        and options.get("preferred_element_type") in (None, x.dtype)
+    )
+    if not is_plain:
+        return general(x, kernel)
+    size = kernel.shape[:2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    room = [side + sum(pad) - of for side, pad, of in zip(x.shape[1:3], padding, size, strict=True)]
+    if min(room) < 0:
+        return general(x, kernel)
+
+    def sum_of_shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        sides = ((0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0))  # crops where negative
+        return _correlate(lax.pad(x, jnp.zeros((), x.dtype), sides), kernel, strides)
 
     return lax.platform_dependent(x, kernel, cpu=sum_of_shifts, default=general)
 

@@ -90,8 +90,11 @@ def strides(blocks: Sequence[int]) -> dict[str, int]:
 
     A stage ends where the next block strides: {"stage1": 2, "stage2": 4, ...}.
     """
-    stages = 1 + sum(stride > 1 for stride in blocks)
-    return {f"stage{i + 1}": 2 * 2**i for i in range(stages)}
+    found = [2]
+    for stride in blocks:
+        if stride > 1:
+            found.append(found[-1] * stride)
+    return {f"stage{number}": stride for number, stride in enumerate(found, start=1)}
 
 
 def maps(

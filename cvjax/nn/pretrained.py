@@ -163,6 +163,10 @@ def load_variables(
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All arrays of a file by name; nothing in it is executed.
 
+    What wraps a network in training leaves its name before those of the arrays: "module." (torch's
+    DataParallel), "_orig_mod." (torch.compile) and, where all have it, "model." (Lightning). These
+    are not part of the names.
+
     Args:
       path: a file `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` as `torch.save` writes it (the
         weights themselves, or under "state_dict", "model", ...); "package:file" is a file that an
@@ -171,7 +175,19 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
       InputError: it is not there, is damaged or of another kind, or wants something executed.
     """
-    file = _locate(os.fspath(path))
+    arrays = _read(_locate(os.fspath(path)))
+    names = {name: re.sub(r"^((module|_orig_mod)\.)+", "", name) for name in arrays}
+    if all(name.startswith("model.") for name in names.values()):
+        names = {name: short.removeprefix("model.") for name, short in names.items()}
+        names = {name: re.sub(r"^(_orig_mod\.)+", "", short) for name, short in names.items()}
+    # Numbers of the other order of bytes are none for JAX.
+    return {
+        names[name]: array.astype(array.dtype.newbyteorder("="), copy=False)
+        for name, array in arrays.items()
+    }
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
     match file.suffix:
         case ".safetensors":
             try:

@@ -159,6 +159,14 @@ class ResNet(nn.Module):
                 raise InputError(
                     f"ResNet: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
                 )
+        for field in ("width", "groups", "base_width", "num_classes"):
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"ResNet: {field} is {getattr(self, field)}; it must be at least 1"
+                )
+        for field in ("stochastic_depth", "dropout"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise InputError(f"ResNet: {field} is {getattr(self, field)}; it must be in [0, 1]")
         if self.stage_sizes is not None and (not self.stage_sizes or min(self.stage_sizes) < 1):
             raise InputError(
                 f"ResNet: stage_sizes is {self.stage_sizes!r}; it must name at least one stage, "

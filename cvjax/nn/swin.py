@@ -76,7 +76,7 @@ def _split(x: np.ndarray | jax.Array, window: int) -> np.ndarray | jax.Array:
     """Cuts [b, h, w, c] into windows, [b, windows, window ** 2, c]; the sides divide h and w."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // window, window, w // window, window, c)
-    return x.swapaxes(2, 3).reshape(b, -1, window**2, c)
+    return x.swapaxes(2, 3).reshape(b, (h // window) * (w // window), window**2, c)
 
 
 def _join(x: jax.Array, height: int, width: int) -> jax.Array:

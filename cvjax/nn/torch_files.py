@@ -25,7 +25,7 @@ from cvjax.errors import InputError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
 # A tensor may show its numbers again and again, with strides of 0; a small file shall not become
-# a large array by it.
+# large arrays by it: so many numbers, of all such tensors together.
 MOST_REPEATED = 2**24
 DTYPES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -156,6 +156,7 @@ def _storages(value: Any) -> list[_Storage]:
 def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
     """The same with arrays for tensors, two levels deep: that is where weights are."""
     raw: dict[str, bytes] = {}
+    repeated = 0
 
     def array(tensor: _Tensor) -> np.ndarray:
         storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
@@ -167,7 +168,10 @@ def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
                 f"a tensor of {storage.length} numbers, of which {len(data)} are there"
             )
         data = data[storage.start : storage.start + storage.length]
-        if math.prod(tensor.shape) > max(len(data), MOST_REPEATED):
+        nonlocal repeated
+        count = math.prod(tensor.shape)
+        repeated += count if count > len(data) else 0
+        if count > len(data) and repeated > MOST_REPEATED:
             raise ValueError(f"a tensor of shape {tensor.shape}, made of {len(data)} numbers")
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, storage.dtype)
@@ -375,7 +379,7 @@ def state_dict(root: Any, path: Path) -> dict[str, np.ndarray]:
     for candidate in [*(root.get(name) for name in wrappers if isinstance(root, dict)), root]:
         if isinstance(candidate, dict):
             arrays = {
-                name.removeprefix("module."): value  # of torch's DataParallel
+                name: value
                 for name, value in candidate.items()
                 if isinstance(name, str) and isinstance(value, np.ndarray)
             }

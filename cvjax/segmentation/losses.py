@@ -1,7 +1,7 @@
 """Losses of segmentation: pure functions of logits and a mask of classes.
 
-Notation: `logits` [..., k] are the scores of k classes at each pixel, of any float type and any
-size that is finite in float32; `mask` [...] are integers, the true class of each pixel in
+Notation: `logits` [..., k] are the scores of k classes at each pixel, of any float type and of a
+size up to 1e37; `mask` [...] are integers, the true class of each pixel in
 0..k - 1, or `ignore` where the pixel does not count (unlabelled, or a row that is padding); there
 the logits may be anything, NaN included. p are the softmax probabilities and t the one-hot truth.
 Each loss is one float32 over all pixels that count, wherever in the batch they are: 0, and without

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from cvjax.data.transforms.settings import height_and_width
 from cvjax.errors import InputError
 
 
@@ -40,11 +41,9 @@ def sliding_window(
       InputError: an image without pixels or of another shape, or a number that makes no sense.
     """
     image = np.asarray(image)
-    window = (window, window) if isinstance(window, int) else tuple(window)
+    window = height_and_width(window, "window")
     if image.ndim != 3 or not image.size:
         raise InputError(f"image is {list(image.shape)}; it must be [height, width, channels]")
-    if len(window) != 2 or min(window) < 1:
-        raise InputError(f"window is {window}; height and width must be at least 1")
     if not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap}; it must be in [0, 1)")
     if batch_size < 1:

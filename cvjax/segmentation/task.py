@@ -11,6 +11,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
+from cvjax.data.ranges import check_channels
 from cvjax.errors import InputError, nearest
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
 from cvjax.train.state import Params, PyTree, TrainState
@@ -40,7 +41,8 @@ class Segmentation:
         maps [0, 1] to [-1, 1].
 
     Raises:
-      InputError: there are no losses, or a weight for one that is not there.
+      InputError: there are no losses, one is named as another metric, or there is a weight for one
+        that is not there.
     """
 
     model: nn.Module
@@ -52,6 +54,11 @@ class Segmentation:
     def __post_init__(self):
         if not self.losses:
             raise InputError("Segmentation: losses is empty; there must be at least one")
+        for name in ("loss", "accuracy"):
+            if name in self.losses:
+                raise InputError(
+                    f"losses: {name!r} is the name of another metric; call it something else"
+                )
         for name in self.weights:
             if name not in self.losses:
                 raise InputError(f"weights: no loss is named {name!r}{nearest(name, self.losses)}")
@@ -64,10 +71,12 @@ class Segmentation:
     def check(self, batch: Batch) -> None:
         """Raises InputError for a batch on the host without masks, or with a class too many.
 
-        The latter where the model's head says how many there are, by a field `num_classes`.
+        The latter where the model's head says how many there are, by a field `num_classes`. Also
+        for a `mean` or `std` that has another length than the images have channels.
         """
         if "mask" not in batch:
             raise InputError(f"Segmentation needs a field mask; there are: {', '.join(batch)}")
+        check_channels(batch, mean=self.mean, std=self.std)
         mask = np.asarray(batch["mask"])[batch["valid"]]
         classes = getattr(getattr(self.model, "head", None), "num_classes", 0)
         wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= classes))]

@@ -1,5 +1,6 @@
 """Classification: closed forms, masks, models with and without state."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -182,6 +183,10 @@ def test_labels_are_looked_at_before_training():
     task, batch = Classification(RESNET), batch_of(3)
     task.check(batch)
     task.check({**batch, "label": np.eye(CLASSES)[:3]})
+    channels = batch["image"].shape[-1]
+    dataclasses.replace(task, mean=(0.5,) * channels, std=(0.5,)).check(batch)
+    with pytest.raises(InputError, match=f"std is .*the images have {channels} channels"):
+        dataclasses.replace(task, std=(0.5,) * (channels + 1)).check(batch)
     for label in (-1, CLASSES):
         labels = np.array([0, label, 1])
         with pytest.raises(InputError, match=f"label is {label} .* num_classes is 4: .* 0..3"):

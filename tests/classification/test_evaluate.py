@@ -46,6 +46,20 @@ def test_confusion_and_accuracy_of_classes():
     assert found["accuracy/1"] == pytest.approx(np.mean(prediction[LABELS == 1] == 1))
 
 
+def test_two_classes_of_one_name():
+    """ImageNet has two cranes."""
+    evaluator = Confusion(class_names=["crane", "crane", "tit"])
+    probabilities = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    batch = {
+        "label": np.array([0, 1, 1]),
+        "valid": np.ones(3, bool),
+        "image": np.zeros((3, 2, 2, 1)),
+    }
+    evaluator.add({"probabilities": probabilities}, batch)
+    accuracy = {"accuracy/crane (0)": 1.0, "accuracy/crane (1)": 0.5}
+    assert evaluator.result() == {"balanced_accuracy": 0.75, **accuracy}
+
+
 def test_the_worst_mistakes_come_first():
     evaluator = batches(Confusion(mistakes=3))
     p = softmax(LOGITS, -1)

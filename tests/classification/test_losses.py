@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import rel_entr
 
 from cvjax.build import build
 from cvjax.classification import losses
@@ -158,9 +159,11 @@ def test_class_balanced_weights():
     )
 
 
-@pytest.mark.parametrize("counts, beta", [((1, 2), 1.0), ((1, 2), -0.1), ((0, 0), 0.9)])
+@pytest.mark.parametrize(
+    "counts, beta", [((1, 2), 1.0), ((1, 2), -0.1), ((0, 0), 0.9), ((3, -1), 0.9), ((), 0.9)]
+)
 def test_weights_that_make_no_sense(counts, beta):
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="beta is|counts are"):
         losses.class_balanced_weights(counts, beta)
 
 
@@ -182,6 +185,17 @@ def test_a_teacher_may_rule_a_class_out():
     # KL of (1, 0) from (p, 1 - p) is -log p.
     found = value_of(losses.distillation, logits, taught)[0]
     np.testing.assert_allclose(found, np.log1p(np.e), rtol=1e-6)
+
+
+def test_distillation_of_labels_that_do_not_exclude_each_other():
+    """A shift of all logits is no change of a softmax, but of these."""
+    logits, taught = np.array([[3.0, 0.5, -90.0]]), np.array([[-3.0, 1.5, 90.0]])
+    p, q = (1 / (1 + np.exp(-x / 2)) for x in (logits, taught))
+    expected = 4 * np.mean(rel_entr(q, p) + rel_entr(1 - q, 1 - p))
+    found = value_of(losses.sigmoid_distillation, logits, taught, temperature=2.0)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    value, gradient = value_and_slope(losses.sigmoid_distillation, taught, taught)
+    assert abs(value[0]) < 1e-6 and np.abs(gradient).max() < 1e-6
 
 
 @pytest.mark.parametrize("weights", [(2.0,), (1.0, 2.0, 3.0)])

@@ -79,6 +79,7 @@ def test_equals_the_general_convolution(size, kernel, stride, padding):
             (6, 1, 3, 3),
             dict(feature_group_count=6, dimension_numbers=("NCHW", "OIHW", "NCHW")),
         ),
+        ((2, 3, 2, 6), (5, 5, 1, 6), dict(padding="VALID")),
         ((2, 5, 6), (3, 1, 6), dict(dimension_numbers=("NHC", "HIO", "NHC"))),
     ],
 )
@@ -92,6 +93,15 @@ def test_options_that_are_not_said_and_those_of_xla(shape, kernel, options):
     own = jax.jit(lambda *given: lax.conv_general_dilated(*given, strides, **said))
     # Sums of up to 9 products of order one, in another order.
     np.testing.assert_allclose(ours(x, weight), own(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_negative_padding_crops():
+    """XLA's own reads beside the map, on a CPU."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.normal(size=of).astype(np.float32) for of in ((2, 5, 4, 6), (3, 3, 1, 6)))
+    cropped = depthwise_conv(x, weight, (1, 1), ((-1, 1), (0, -1)))
+    own = depthwise_conv(x[:, 1:, :-1], weight, (1, 1), ((0, 1), (0, 0)))
+    np.testing.assert_array_equal(cropped, own)
 
 
 def test_it_is_linear_in_each_argument():

@@ -102,6 +102,25 @@ def test_our_own_names(tmp_path):
         np.testing.assert_array_equal(leaf, flat[name])
 
 
+def test_what_wraps_a_network_leaves_no_trace(tmp_path):
+    arrays = {"layer.weight": np.ones((2, 2), np.float32), "norm.bias": np.zeros(2, np.float32)}
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod."):
+        wrapped = {prefix + name: array for name, array in arrays.items()}
+        safetensors.numpy.save_file(wrapped, tmp_path / "weights.safetensors")
+        np.savez(tmp_path / "weights.npz", **wrapped)
+        for file in ("weights.safetensors", "weights.npz"):
+            assert set(read_weights(tmp_path / file)) == set(arrays), (prefix, file)
+    np.savez(tmp_path / "weights.npz", **{"model.a": np.ones(2), "b": np.ones(2)})
+    assert set(read_weights(tmp_path / "weights.npz")) == {"model.a", "b"}
+
+
+def test_numbers_of_the_other_order_of_bytes(tmp_path):
+    np.savez(tmp_path / "weights.npz", w=np.arange(3, dtype=">f4"))
+    found = read_weights(tmp_path / "weights.npz")["w"]
+    assert found.dtype == np.float32 and found.dtype.isnative
+    np.testing.assert_array_equal(found, np.arange(3))
+
+
 def test_positions_are_resampled_for_another_size(tmp_path):
     arrays = theirs("hf vit")
     safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")

@@ -238,6 +238,12 @@ def test_a_small_file_does_not_become_a_large_array(tmp_path):
            **{"data/0": numbers.tobytes()})  # fmt: skip
     with pytest.raises(InputError, match="made of 4 numbers"):
         read_weights(file)
+    # Nor do many, which would be copied where they are put together.
+    one = tensor(shape=f"{side}{side}\x86", strides="K\x00K\x00\x86")[3:-2]
+    both = b"\x80\x02}(" + one + one.replace(b"w", b"v", 1) + b"u."
+    as_zip(file, both, **{"data/0": numbers.tobytes()})
+    with pytest.raises(InputError, match="made of 4 numbers"):
+        read_weights(file)
 
 
 def test_encrypted_archives_are_told_in_one_line(tmp_path):
@@ -304,7 +310,7 @@ def test_files_without_weights_say_what_is_there(tmp_path):
 
 def test_tensors_beside_the_weights_are_not_taken_for_them():
     """What training scripts save: {"state_dict": weights, "best_accuracy": tensor}."""
-    weights = {"module.fc.weight": np.ones((2, 3)), "fc.bias": np.zeros(2)}
+    weights = {"fc.weight": np.ones((2, 3)), "fc.bias": np.zeros(2)}
     for name in ("state_dict", "model"):
         saved = {"best_accuracy": np.array(0.9), "epoch": 3, name: weights}
         assert set(state_dict(saved, Path("a.pth"))) == {"fc.weight", "fc.bias"}

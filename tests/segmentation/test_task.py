@@ -216,5 +216,7 @@ def test_pictures_have_image_truth_and_prediction_side_by_side(channels):
 def test_losses_that_cannot_be_added():
     with pytest.raises(InputError, match="losses is empty"):
         Segmentation(Linear(), {})
+    with pytest.raises(InputError, match="'accuracy' is the name of another metric"):
+        Segmentation(Linear(), {"accuracy": dice})
     with pytest.raises(InputError, match="no loss is named 'dise' .did you mean dice"):
         Segmentation(Linear(), {"dice": dice}, {"dise": 1.0})

@@ -6,8 +6,6 @@ of torchvision, which cuts fractions off where this rounds: no value is further 
 that of a saturation, where it cuts twice, further than 2.
 """
 
-import math
-
 import cv2
 import numpy as np
 
@@ -135,7 +133,7 @@ def random_jitter(
         hue: the turn is in [-hue, hue]; at most 0.5.
         p: probability that anything is done.
     """
-    check_between(0, math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
+    check_between(0, 1e3, brightness=brightness, contrast=contrast, saturation=saturation)
     check_between(0, 0.5, hue=hue)
     check_between(0, 1, p=p)
     image = fields.image_of(example)

@@ -296,7 +296,7 @@ def random_affine(
     """
     check_between(0, 360, degrees=degrees)
     check_range(1e-3, 1e3, scale=scale)
-    check_between(0, math.inf, pixels=pixels)
+    check_between(0, 1e6, pixels=pixels)
     check_between(0, 80, shear=shear)
     matrix = affine_matrix(
         fields.image_of(example).shape[:2],

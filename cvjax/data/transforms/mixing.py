@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from cvjax.data.transforms.batched import rectangles
 from cvjax.data.transforms.settings import check_between
+from cvjax.errors import InputError
 
 
 class Mixed(NamedTuple):
@@ -31,8 +32,10 @@ class Mixed(NamedTuple):
     def targets(self, targets: jax.Array) -> jax.Array:
         """Mixes probabilities [b, classes]; a row that summed to 1 with its partner's still does.
 
-        What is not valid keeps its target.
+        What is not valid keeps its target. Raises InputError for targets of another shape.
         """
+        if targets.ndim != 2:
+            raise InputError(f"targets are {list(targets.shape)}; they must be [b, classes]")
         share = self.share[:, None]
         return share * targets + (1 - share) * jnp.asarray(targets)[self.partner]
 

@@ -43,12 +43,12 @@ def check_choice(choices: Collection[str], **settings: str) -> None:
             raise InputError(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
 
 
-def height_and_width(size: Size) -> tuple[int, int]:
+def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     """Returns (height, width), for one number that of a square; raises InputError."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
-        raise InputError(f"size={size!r} must be a number of pixels, at least 1, or two of them")
-    return pair
+    pair = tuple(size) if isinstance(size, Sequence | np.ndarray) else (size, size)
+    if len(pair) != 2 or any(not isinstance(side, _WHOLE) or side < 1 for side in pair):
+        raise InputError(f"{name}={size!r} must be a number of pixels, at least 1, or two of them")
+    return int(pair[0]), int(pair[1])
 
 
 def check_fill(channels: int, fill: object) -> None:
