@@ -16,7 +16,7 @@ from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
 from cvjax.errors import InputError, from_callbacks, nearest
-from cvjax.train.evaluation import eval_loader_of, evaluate
+from cvjax.train.evaluation import eval_loader_of, evaluate, prediction_key, with_index
 from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
 from cvjax.train.state import TrainState
@@ -205,11 +205,11 @@ def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
 
 def _predict(task, state, loader, seed: int, workdir: Path) -> int:
     """Writes what the task predicts for all that is held out to predictions.npz."""
-    mesh, rows = data_mesh(), []
+    mesh, rows, rng = data_mesh(), [], prediction_key(jax.random.key(seed))
     predict = jax.jit(task.predict)
     for number, batch in enumerate(loader.iterate()):
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        outputs = predict(state.averaged_params, state.model_state, put_batch(batch, mesh), rng)
+        placed = put_batch(with_index(batch, number), mesh)
+        outputs = predict(state.averaged_params, state.model_state, placed, rng)
         rows.append({k: np.asarray(v)[batch["valid"]] for k, v in outputs.items()})
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.savez(workdir / "predictions.npz", **columns)

@@ -17,7 +17,7 @@ from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.vit import Block, ViT
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, mean
+from cvjax.train.task import Batch, Metrics, Objective, batch_key, mean
 
 
 class PatchDecoder(nn.Module):
@@ -123,7 +123,7 @@ class MaskedAutoencoder:
         `latent` [b, width] is the mean over the patches of the whole image, encoded unmasked.
         """
         image = images_of(batch)
-        _, told, is_seen = self._error(params, batch, rng)
+        _, told, is_seen = self._error(params, batch, batch_key(rng, batch))
         patch = self.encoder.patch
         pixels = patches_of(image, patch)
         told = jnp.where(is_seen[..., None], pixels, told)

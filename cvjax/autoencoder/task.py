@@ -19,7 +19,7 @@ from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
 from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, mean
+from cvjax.train.task import Batch, Metrics, Objective, batch_key, first_row, mean
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class VAE:
         return {
             "latent": location,
             "reconstruction": self.likelihood.mean(self.decode(params, location)),
-            "sample": self.sample(params, len(location), rng),
+            "sample": self.sample(params, len(location), rng, first_row(batch)),
         }
 
     def visualize(
@@ -166,9 +166,12 @@ class VAE:
         """What the likelihood asks for, from z [b, latents]."""
         return self.decoder.apply({"params": params["model"]["decoder"]}, z)
 
-    def sample(self, params: Params, count: int, rng: jax.Array) -> jax.Array:
-        """Expected images of z from the prior, [count, h, w, c] in [0, 1]; row i from fold_in i."""
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(count))
+    def sample(self, params: Params, count: int, rng: jax.Array, first: int = 0) -> jax.Array:
+        """Expected images of z from the prior, [count, h, w, c] in [0, 1].
+
+        The image at row i comes from `fold_in(rng, first + i)`, whatever the batch.
+        """
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(count))
         z = jax.vmap(lambda key: jax.random.normal(key, (self.latents,)))(keys)
         return self.likelihood.mean(self.decode(params, z))
 
@@ -301,7 +304,7 @@ class Autoencoder:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns latents, reconstructions in [0, 1] and, with a bottleneck, indices of codes."""
-        image = self._seen(images_of(batch), rng)
+        image = self._seen(images_of(batch), batch_key(rng, batch))
         variables = {"params": params["model"], **model_state}
         found, code = self.network.apply(variables, image, batch["valid"])
         outputs = {"latent": code.z, "reconstruction": jnp.clip(found, 0.0, 1.0)}

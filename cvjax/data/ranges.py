@@ -1,4 +1,4 @@
-"""What values images may have, and how many channels."""
+"""What values images and labels may have, and how many channels there are."""
 
 from collections.abc import Mapping
 
@@ -29,3 +29,15 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
                 f"{name} is {value}; the images have {channels} channels: it must be a number, or "
                 "one for each of them"
             )
+
+
+def check_labels(batch: Mapping[str, np.ndarray], num_classes: int) -> None:
+    """Raises InputError for a valid row whose label is no class; 0 classes are not looked at."""
+    if not num_classes or "label" not in batch:
+        return
+    label = np.asarray(batch["label"])[np.asarray(batch["valid"])]
+    if (wrong := label[~((label >= 0) & (label < num_classes))]).size:
+        raise InputError(
+            f"label is {wrong[0]} in the first batch, but num_classes is {num_classes}: classes "
+            f"are 0..{num_classes - 1}"
+        )

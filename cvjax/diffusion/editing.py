@@ -38,7 +38,8 @@ def repaint(
       x at t = 0, shape of `known`: the known pixels exactly.
 
     Raises:
-      InputError: repeats below 1, or a mask of another shape or dtype.
+      InputError: repeats below 1, known images of whole numbers or not as many as keys, or a mask
+        of another shape or dtype.
     """
     if repeats < 1:
         raise InputError(f"repaint: repeats is {repeats}; it must be at least 1")
@@ -46,6 +47,11 @@ def repaint(
         side in (1, whole)
         for side, whole in zip(is_known.shape[::-1], known.shape[::-1], strict=False)
     )
+    if not jnp.issubdtype(known.dtype, jnp.floating) or len(keys) != len(known):
+        raise InputError(
+            f"repaint: known is {known.dtype} {list(known.shape)} for {len(keys)} keys; it must be "
+            "floating, in the range of the process, with a row for each key"
+        )
     if is_known.dtype != bool or not fits:
         raise InputError(
             f"repaint: is_known is {is_known.dtype} {list(is_known.shape)}; it must be bool and "

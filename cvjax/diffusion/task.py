@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
-from cvjax.data.ranges import check_unit_images
+from cvjax.data.ranges import check_labels, check_unit_images
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
@@ -18,7 +18,7 @@ from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
 from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, mean
+from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
 
 log = logging.getLogger("cvjax")
 
@@ -99,12 +99,13 @@ class Diffusion:
         return {"network": variables["params"]}, {}
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless the valid images of a batch on the host are in [0, 1].
+        """Raises InputError unless a batch on the host has images in [0, 1] and labels of classes.
 
         And if the sampler does not fit the process: else a run would tell that at its first sample.
         Logs how many evaluations of the network an image takes.
         """
         check_unit_images(batch)
+        check_labels(batch, self.num_classes)
         shape = tuple(self.image_shape)
         answer = lambda x, t: jnp.zeros((*x.shape[:-1], self._sampled_channels))  # noqa: E731
         jax.eval_shape(
@@ -164,7 +165,7 @@ class Diffusion:
         """Returns a sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b], if told."""
         _, label = self._clean(batch)
         told = {"label": label} if self.num_classes else {}
-        return {"sample": self.sample(params, label, rng), **told}
+        return {"sample": self.sample(params, label, rng, first=first_row(batch)), **told}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -292,7 +293,13 @@ class Diffusion:
         return self.num_classes > 0
 
     def _check_guidance(self, guidance: float) -> None:
-        if guidance != 1 and not (self.class_dropout and self._is_conditional):
+        if isinstance(guidance, int | float) and not np.isfinite(guidance):
+            raise InputError(f"guidance is {guidance}; it must be finite")
+        if guidance != 1 and not self._is_conditional:
+            raise InputError(
+                f"guidance is {guidance}, but num_classes is 0: without classes it must be 1"
+            )
+        if guidance != 1 and not self.class_dropout:
             raise InputError(
                 f"guidance is {guidance}, but the network has not learned to do without the class; "
                 "set class_dropout above 0 (0.1, say) and train, or set guidance to 1"

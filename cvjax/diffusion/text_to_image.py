@@ -12,10 +12,11 @@ import numpy as np
 
 from cvjax import draw
 from cvjax.data.captions import encode
+from cvjax.diffusion.samplers.integration import example_keys
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree
-from cvjax.train.task import Batch
+from cvjax.train.task import Batch, first_row
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TextToImage(Diffusion):
         """Returns one sample, float32 [b, h, w, c] in [0, 1], for each caption, and the labels."""
         _, condition = self._clean(batch)
         labels = {name: batch[name] for name in ("label",) if name in batch}
-        return {"sample": self.sample(params, condition, rng), **labels}
+        return {"sample": self.sample(params, condition, rng, first=first_row(batch)), **labels}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -122,15 +123,31 @@ class Upsampler(TextToImage):
         if self.coupling is not None:
             raise InputError("coupling: an upsampler has none, for no two conditions are alike")
 
-    def condition(self, tokens: jax.Array, low: jax.Array, level: float = 0.0) -> PyTree:
+    def condition(
+        self,
+        tokens: jax.Array,
+        low: jax.Array,
+        level: float = 0.0,
+        rng: jax.Array | None = None,
+        first: int = 0,
+    ) -> PyTree:
         """What `sample` takes: for tokens and small images [b, h, w, c] in [0, 1].
 
-        `level` in [0, `augmentation`] says how faulty these are; InputError for another.
+        `level` in [0, `augmentation`] says how faulty these are: noise of so large a standard
+        deviation hides it, as in training, and is drawn for row i from `fold_in(rng, first + i)`.
+
+        Raises InputError for another level, and for one above 0 without an `rng`.
         """
         if not 0 <= level <= self.augmentation:
             raise InputError(f"level is {level}; it must be in [0, {self.augmentation}]")
+        low = 2 * low - 1
+        if level:
+            if rng is None:
+                raise InputError(f"level is {level}: give an rng for its noise")
+            keys = example_keys(rng, len(low), first)
+            low += level * jax.vmap(lambda key: jax.random.normal(key, low.shape[1:]))(keys)
         level = jnp.full(len(tokens), level, jnp.float32)
-        return {"tokens": jnp.asarray(tokens), "low": 2 * low - 1, "level": level}
+        return {"tokens": jnp.asarray(tokens), "low": low, "level": level}
 
     def bilinear(self, low: jax.Array) -> jax.Array:
         """Images [b, h, w, c], `factor` times larger: what is there without an upsampler."""

@@ -41,8 +41,8 @@ class SampleQuality:
       FD-digits: the Frechet distance to the training images. A classifier's features have no scale
         of their own; they are divided by one number, so that the variance of a feature is 1 in the
         mean over all (those of Inception are as they are). The distance depends on the number of
-        images: the first n held-out ones stand beside n samples (`count_real`: all that there are,
-        if fewer).
+        images: n held-out ones, a fixed choice, stand beside n samples (`count_real`: all that
+        there are, if fewer).
       KD-digits: the kernel distance, unbiased; precision, recall, density, coverage.
       score: `classifier_score`; with Inception, the three are FID, KID and IS.
       agreement: the share of images that are taken for what they should be, given the labels.
@@ -72,6 +72,12 @@ class SampleQuality:
         self.extractor, self.output, self.neighbours = extractor, output, neighbours
         self.train = real_features(extractor, train, cache)
         self.held_out = real_features(extractor, held_out, cache)
+        for name, real in (("training", self.train), ("held-out", self.held_out)):
+            if len(real.images) <= neighbours:
+                raise InputError(
+                    f"there are {len(real.images)} {name} images; with neighbours={neighbours} "
+                    f"there must be at least {neighbours + 1}"
+                )
         variance = self.train.features.astype(np.float64).var(axis=0).mean()
         self.scale = 1.0 if extractor.is_fid else float(np.sqrt(variance))
         if not self.scale > 0:
@@ -118,7 +124,9 @@ class SampleQuality:
         features, probabilities = self.extractor(images)
         found = self._compare(Real(images, features, probabilities, labels))
         if len(images) not in self.floors:
-            real = Real(*(None if x is None else x[: len(images)] for x in self.held_out))
+            # Not the first ones: a source may have class after class.
+            some = np.random.default_rng(0).permutation(len(self.held_out.images))[: len(images)]
+            real = Real(*(None if x is None else x[some] for x in self.held_out))
             self.floors[len(images)] = self._compare(real)
         floor = self.floors[len(images)]
         return found | {f"{name}_real": floor[name] for name in found if name in floor}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from cvjax import draw
-from cvjax.data.ranges import check_unit_images
+from cvjax.data.ranges import check_labels, check_unit_images
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, mean
+from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
 
 KEYS = ("image", "label", "valid")
 
@@ -109,8 +109,9 @@ class GAN:
         return params, state
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless the valid images of a batch on the host are in [0, 1]."""
+        """Raises InputError unless a batch on the host has images in [0, 1] and true classes."""
         check_unit_images(batch)
+        check_labels(batch, self.num_classes)
 
     def discriminator_loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array, turn: int = 0
@@ -166,7 +167,9 @@ class GAN:
         logit, named = self._paid(self._output(params, state.model_state, image, label), label)
         losses = mean(_per_image(self.loss.generator(logit)) + named)
         metrics = {"generator/loss": losses}
-        return losses.total / count, ({**state.model_state, "generator": changed}, metrics)
+        # Without real images the discriminator learns nothing, nor does this.
+        loss = jnp.any(batch["valid"]) * losses.total / count
+        return loss, ({**state.model_state, "generator": changed}, metrics)
 
     def evaluate(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -185,7 +188,7 @@ class GAN:
         """Returns a sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b], if told."""
         _, label = self._clean(batch)
         told = {"label": label} if self.num_classes else {}
-        return {"sample": self.sample(params, label, rng), **told}
+        return {"sample": self.sample(params, label, rng, first=first_row(batch)), **told}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array

@@ -66,7 +66,9 @@ class Evaluation:
             on_device = sharding.put_whole_batch(batch, self.mesh)
             sums.append(pairs(self.evaluate(params, model_state, on_device, rng)))
             if evaluators:
-                outputs = jax.device_get(self.predict(params, model_state, on_device, rng))
+                placed = sharding.put_whole_batch(with_index(batch, number), self.mesh)
+                key = prediction_key(self.rng)
+                outputs = jax.device_get(self.predict(params, model_state, placed, key))
                 for evaluator in evaluators.values():
                     evaluator.add(outputs, batch)
             if number == 0:
@@ -77,6 +79,17 @@ class Evaluation:
             if hasattr(evaluator, "pictures"):
                 pictures |= evaluator.pictures()
         return found, pictures
+
+
+def with_index(batch: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The batch of that number with each row's place in the set, for `predict`."""
+    size = len(batch["valid"])
+    return {**batch, "index": number * size + np.arange(size, dtype=np.int32)}
+
+
+def prediction_key(rng: jax.Array) -> jax.Array:
+    """The one key of all predictions of an evaluation."""
+    return jax.random.fold_in(rng, 0)
 
 
 def eval_loader_of(data: Any, batch_size: int, options: Mapping[str, Any] | None) -> Loader:

@@ -50,12 +50,27 @@ class Task(Protocol):
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns what evaluators and `--mode=predict` use; first axis as in the batch."""
+        """Returns what evaluators and `--mode=predict` use; first axis as in the batch.
+
+        The batch also has `index`, int32 [batch], each row's place in the held-out set, and `rng`
+        is the same for all batches: what is drawn for an example with a key of its place is the
+        same whatever the batch size (`first_row`, `batch_key`).
+        """
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns pictures for people, {name: [height, width, channels] in [0, 1]}."""
+
+
+def first_row(batch: Batch) -> jax.Array | int:
+    """The place of a batch's first row in the held-out set; 0 where the batch does not say."""
+    return batch["index"][0] if "index" in batch else 0
+
+
+def batch_key(rng: jax.Array, batch: Batch) -> jax.Array:
+    """Of the `rng` of `predict`, a key for this batch alone."""
+    return jax.random.fold_in(rng, first_row(batch)) if "index" in batch else rng
 
 
 def mean(values: jax.Array, valid: jax.Array | None = None) -> Average:

@@ -66,8 +66,12 @@ def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | Non
     """uint8 [n, h, w, channels], and the labels where the images are in folders of classes."""
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
     if files:
-        opened = [Image.open(file).convert({1: "L", 3: "RGB"}[channels]) for file in files]
-        images, labels = [np.asarray(image) for image in opened], None
+        images, labels = [], None
+        for file in files:
+            try:
+                images.append(np.asarray(Image.open(file).convert({1: "L", 3: "RGB"}[channels])))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{file} cannot be read: {error}") from error
     else:
         source = Folder(folder, channels=channels)
         records = [source[i] for i in range(len(source))]
@@ -89,9 +93,15 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
         if flags.raw:
             state = state.replace(ema={})
     else:
+        if changes:
+            raise InputError(f"--config.{changes[0][0]} changes a run: with --images there is none")
         train, held_out = Digits("train"), Digits("test")
     if flags.train is not None:
-        train, held_out = (Folder(path, image_size=299) for path in (flags.train, flags.held_out))
+        # As large as those that are scored: the extractor then scales all alike.
+        scored = images_in(flags.images, 3)[0] if flags.images else held_out[0]["image"][None]
+        height, width, channels = scored.shape[1:]
+        size = height if height == width else None
+        train, held_out = (Folder(path, channels, size) for path in (flags.train, flags.held_out))
     extractor = inception(flags.inception) if flags.inception else judge(flags.judge)
     quality = SampleQuality(extractor, train, held_out, cache=flags.cache)
     if flags.images is not None:
@@ -122,6 +132,9 @@ def main_of(arguments: list[str]) -> dict[str, float]:
     parser.add_argument("--cache", type=Path, default=RUNS / "features")
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     flags, others = parser.parse_known_args(arguments)
+    for other in others:
+        if not other.startswith("--config.") or "=" not in other:
+            raise InputError(f"there is no flag {other}; a field is --config.x.y=z")
     changes = [tuple(other.removeprefix("--config.").split("=", 1)) for other in others]
     found = score(flags, changes)
     width = max(map(len, found))

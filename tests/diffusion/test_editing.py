@@ -75,13 +75,15 @@ def test_repaint_of_all_or_nothing():
     for wrong, message in (
         (dict(repeats=0), "repeats is 0"),
         (dict(is_known=np.ones((2, 2, 1))), "it must be bool"),
+        (dict(known=np.full((3, 2, 2, 1), 200, np.uint8)), r"known is uint8 \[3, 2, 2, 1\]"),
+        (dict(known=np.zeros((2, 2, 2, 1), np.float32)), "for 3 keys"),
         (dict(is_known=np.ones((5, 3, 2, 2, 1), bool)), "broadcast to"),
         (dict(is_known=np.ones((3, 2, 2), bool)), r"bool \[3, 2, 2\]; it must"),
         (dict(steps=0), "steps is 0"),
     ):
-        settings = dict(is_known=np.ones((2, 2, 1), bool), steps=2) | wrong
+        settings = dict(known=known, is_known=np.ones((2, 2, 1), bool), steps=2) | wrong
         with pytest.raises(InputError, match=message):
-            repaint(denoise, process, keys, known, **settings)
+            repaint(denoise, process, keys, **settings)
 
 
 @pytest.mark.parametrize(

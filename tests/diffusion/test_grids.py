@@ -84,7 +84,9 @@ def test_uniform_and_quadratic():
 @pytest.mark.parametrize("grid", [grids.uniform, grids.quadratic, grids.karras, grids.log_snr])
 def test_any_number_of_steps(grid):
     for process in PROCESSES[3:]:
-        for steps in (1, 2, 1000):
+        # Two steps that are equal, or nearly, do not fit EDM; see below.
+        few = isinstance(process, EDM) and grid in (grids.uniform, grids.quadratic)
+        for steps in (1, 1000) if few else (1, 2, 1000):
             times = times_of(grid, process, steps)
             assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
 
@@ -111,3 +113,8 @@ def test_what_is_no_grid():
 def test_equal_steps_do_not_fit_edm():
     with pytest.raises(InputError, match=r"uniform does not fit EDM: .* = 1.25.*grids.karras"):
         time_steps(functools.partial(grids.uniform), EDM(), 64)
+    for steps in (2, 9):
+        with pytest.raises(InputError, match="uniform does not fit EDM"):
+            time_steps(grids.uniform, EDM(), steps)
+        time_steps(grids.karras, EDM(), steps)
+    time_steps(grids.uniform, EDM(), 1)  # from noise to data at once

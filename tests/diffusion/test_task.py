@@ -161,6 +161,10 @@ def test_guidance_without_class_dropout_is_one_line():
         task_of(Linear(), guidance=2.0, class_dropout=0.0)
     task, batch = task_of(Linear(), class_dropout=0.0), batch_of()
     params, _ = start(task, batch)
+    with pytest.raises(InputError, match="guidance is inf; it must be finite"):
+        task_of(Linear(), guidance=np.inf)
+    with pytest.raises(InputError, match="guidance is 2.0, but num_classes is 0"):
+        task_of(Linear(), num_classes=0, guidance=2.0)
     with pytest.raises(InputError, match="guidance is 3.0"):
         task.sample(params, batch["label"], jax.random.key(0), guidance=3.0)
 

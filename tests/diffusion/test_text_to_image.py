@@ -123,10 +123,21 @@ def test_what_the_upsampler_sees():
     assert 0 <= noisy["level"].min() and 0.49 < noisy["level"].max() <= 0.5
     # The mean ratio over 2,000 images of 16 pixels, whose deviation is a little low (n - 1).
     np.testing.assert_allclose(np.mean(deviation / noisy["level"]), 0.965, atol=0.03)
-    given = task.condition(batch["tokens"], (low + 1) / 2, 0.2)
+    given = task.condition(batch["tokens"], (low + 1) / 2)
+    np.testing.assert_allclose(given["low"], low, atol=1e-6)
+    assert (given["level"] == 0).all()
+    with pytest.raises(InputError, match="level is 0.2: give an rng"):
+        task.condition(batch["tokens"], (low + 1) / 2, 0.2)
+    # So it is in sampling, for each row from its own key.
+    rng, tokens = jax.random.key(1), np.repeat(batch["tokens"][:1], 500, axis=0)
+    grey = np.full((500, *low.shape[1:]), 0.5, np.float32)
+    given = task.condition(tokens, grey, 0.2, rng)
+    # 500 times 16 numbers or more: 1.5 % is twice the deviation of their deviation.
+    np.testing.assert_allclose(np.std(given["low"]), 0.2, rtol=0.015)
+    part = task.condition(tokens[:3], grey[:3], 0.2, rng, first=7)
+    np.testing.assert_array_equal(part["low"], given["low"][7:10])
     with pytest.raises(InputError, match=r"level is 0.6; it must be in \[0, 0.5\]"):
         task.condition(batch["tokens"], (low + 1) / 2, 0.6)
-    np.testing.assert_allclose(given["low"], low, atol=1e-6)
     np.testing.assert_allclose(given["level"], 0.2)
 
 

@@ -152,6 +152,19 @@ def test_scores_of_real_images_are_their_own_floor(extractor):
     assert wrong["agreement_real"] == found["agreement_real"]
 
 
+def test_the_floor_is_of_all_classes_where_one_comes_after_the_other(extractor):
+    """As in folders of classes: the first ones would be of one class."""
+    images = np.concatenate([np.full((40, SIDE, SIDE, 1), v, np.uint8) for v in (10, 240)])
+    images += np.random.default_rng(0).integers(0, 10, images.shape, np.uint8)
+    held_out = Arrays({"image": images, "label": np.repeat([0, 1], 40).astype(np.int32)})
+    quality = SampleQuality(extractor, source(60), held_out, neighbours=3)
+    labels = []
+    compare = quality._compare
+    quality._compare = lambda some: labels.append(some.labels) or compare(some)
+    quality.score(images[::4], np.repeat([0, 1], 10))
+    assert 5 <= labels[1].sum() <= 15 and len(labels[1]) == 20
+
+
 def test_copies_and_collapse_show(extractor):
     train, held_out = source(60), source(30, seed=1)
     quality = SampleQuality(extractor, train, held_out, neighbours=3)
@@ -216,6 +229,8 @@ def test_what_cannot_be_is_said(extractor):
         quality.score(images, np.zeros(19, int))
     with pytest.raises(InputError, match="no images were added"):
         quality.result()
+    with pytest.raises(InputError, match="there are 5 held-out images; with neighbours=5"):
+        SampleQuality(extractor, source(20), source(5))
 
 
 def test_only_the_network_of_the_fid_says_fid(monkeypatch):
@@ -241,3 +256,26 @@ def test_images_of_a_folder(tmp_path):
     Image.fromarray(pictures[0, :3]).save(tmp_path / "flat" / "9.png")
     with pytest.raises(InputError, match="must all have one size"):
         frechet.images_in(tmp_path / "flat", 1)
+    (tmp_path / "flat" / "8.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"8.png cannot be read"):
+        frechet.images_in(tmp_path / "flat", 1)
+    for flag in ("--inceptoin=weights.pth", "--config.task.guidance"):
+        with pytest.raises(InputError, match=f"there is no flag {flag}"):
+            frechet.main_of([f"--images={tmp_path / 'flat'}", flag])
+    with pytest.raises(InputError, match="--config.seed changes a run"):
+        frechet.main_of([f"--images={tmp_path / 'flat'}", "--config.seed=1"])
+
+
+def test_real_images_become_as_large_as_those_that_are_scored(tmp_path, extractor, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, side in (("train", 9), ("test", 7), ("fake", SIDE)):
+        (tmp_path / name / "class").mkdir(parents=True)
+        for number in range(8):
+            picture = rng.integers(0, 256, (side, side + side % 2, 3), np.uint8)
+            Image.fromarray(picture).save(tmp_path / name / "class" / f"{number}.png")
+    colour = Extractor("toy", Tiny(), functools.partial(seeded, seed=0), (SIDE, SIDE, 3))
+    monkeypatch.setattr(frechet, "judge", lambda *_: colour)
+    folders = [f"--{flag}={tmp_path / name}" for flag, name in
+               (("train", "train"), ("held_out", "test"), ("images", "fake"))]  # fmt: skip
+    found = frechet.main_of([*folders, f"--cache={tmp_path / 'cache'}"])
+    assert found["count"] == found["count_real"] == 8 and np.isfinite(found["FD-toy"])

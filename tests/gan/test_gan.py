@@ -302,7 +302,7 @@ def test_padding_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one))
     assert not np.allclose(one[0][0][0], results(batch)[0][0][0])
-    nothing = results(padded | {"valid": np.zeros(6, bool)})[0][0]
+    nothing = results(padded | {"valid": np.zeros(6, bool)})[0]
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
 
 
@@ -472,6 +472,8 @@ def test_what_cannot_be_is_said():
         jax.eval_shape(larger.init, jax.random.key(0), batch_of())
     with pytest.raises(InputError, match="values from 255 to 255"):
         small().check({"image": np.full((1, *SHAPE), 255.0), "valid": np.ones(1, bool)})
+    with pytest.raises(InputError, match="label is 3 in the first batch, but num_classes is 3"):
+        small().check(batch_of() | {"label": np.array([0, 1, 2, 3, 0, 1])})
     for setting in (dict(translation=-0.1), dict(cutout=1.5), dict(contrast=-1.0)):
         with pytest.raises(InputError, match=f"{next(iter(setting))} is .* it must be in"):
             diff_augment(batch_of()["image"], jax.random.key(0), **setting)

@@ -1,7 +1,9 @@
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +15,7 @@ from cvjax.train.loop import fit, load_state
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
+from cvjax.train.task import batch_key, first_row
 from tests.train.toys import Adversarial, Linear, Network, Regression
 
 
@@ -79,6 +82,43 @@ def test_evaluators_start_afresh():
     )  # fmt: skip
     seen = [row["eval/count/seen"] for row in result.history if "eval/count/seen" in row]
     assert seen == [21.0, 21.0]
+
+
+class Draws(Regression):
+    """Predicts noise: a number for each example, by its place, and one for each batch."""
+
+    def predict(self, params, model_state, batch, rng):
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(
+            first_row(batch) + jnp.arange(len(batch["valid"]))
+        )
+        each = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+        every = jax.random.uniform(batch_key(rng, batch), each.shape)
+        return {"each": each, "every": every, "index": batch["index"]}
+
+
+class Keeps(Count):
+    seen: ClassVar[dict] = {}
+
+    def add(self, outputs, batch):
+        for name, value in outputs.items():
+            Keeps.seen.setdefault(name, []).extend(value[batch["valid"]].tolist())
+
+    def result(self):
+        return {}
+
+    def pictures(self):
+        return {}
+
+
+def test_what_is_drawn_for_an_example_does_not_depend_on_the_batch_size():
+    state, found = fit(Draws(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1)).state, []
+    for size in (8, 16):
+        Keeps.seen.clear()
+        evaluate(Draws(), state, Linear(21), batch_size=size, evaluators={"keeps": Keeps()})
+        found.append({name: list(values) for name, values in Keeps.seen.items()})
+    assert found[0]["each"] == found[1]["each"] and len(set(found[0]["each"])) == 21
+    assert found[0]["index"] == found[1]["index"] == list(range(21))
+    assert len(set(found[0]["every"])) == 21, "no batch has the draws of another"
 
 
 class Fails(Count):

@@ -38,7 +38,7 @@ def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
         )
     # Images in [-1, 1] have a standard deviation of about a half.
     sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
-    if steps >= 10 and sigma > alpha / 2:
+    if steps > 1 and sigma > alpha * (5.0 if steps < 10 else 0.5):
         raise InputError(
             f"times={name} does not fit {type(process).__name__}: the last of {steps} steps begins "
             f"at sigma / alpha = {sigma / alpha:.3g}, so that none sees detail; take times="
