@@ -69,6 +69,7 @@ class Detection:
         That is where the model, its `head` or its `box_head` has `num_classes`. Also for a `mean`
         or `std` of another length than images have channels.
         """
+        self._check_fields(batch)
         check_channels(batch, mean=self.mean, std=self.std)
         real = np.asarray(batch["box_valid"]) & np.asarray(batch["valid"])[:, None]
         label, classes = np.asarray(batch["box_label"])[real], _num_classes(self.model)
@@ -193,11 +194,14 @@ class Detection:
         image = (batch["image"] - jnp.array(self.mean)) / jnp.array(self.std)
         return jnp.where(_rows(batch["valid"], image), image, 0.0)
 
-    def _truth(self, batch: Batch) -> Batch:
-        """The truth with zeros in each row that is not valid, and at least one row."""
+    def _check_fields(self, batch: Batch) -> None:
         for name in ("boxes", "box_label", "box_valid", *self.fields):
             if name not in batch:
                 raise InputError(f"Detection: the batch has no {name!r}, only {', '.join(batch)}")
+
+    def _truth(self, batch: Batch) -> Batch:
+        """The truth with zeros in each row that is not valid, and at least one row."""
+        self._check_fields(batch)
         height, width = batch["image"].shape[1:3]
         valid = jnp.asarray(batch["valid"], bool)
         boxes = jnp.asarray(batch["boxes"], jnp.float32)

@@ -265,6 +265,8 @@ def test_a_label_that_is_no_class_is_not_passed_over():
     """Nor taken for the background; where a box is not valid any label will do."""
     task, batch = Detection(detector("fcos")), batch_of()
     task.check(batch)
+    with pytest.raises(InputError, match="the batch has no 'box_label'"):
+        task.check({name: value for name, value in batch.items() if name != "box_label"})
     measure = jax.jit(lambda batch: task.evaluate(*initialized("fcos"), batch, jax.random.key(0)))
     for label in (CLASSES, -1):
         labels = batch["box_label"].copy()
