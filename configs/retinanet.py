@@ -6,7 +6,7 @@ six real MNIST digits that may overlap, among clutter; the held-out ones have he
 minutes on one core. Anchors stand on the corners of cells (`offset` 0), for there is the middle of
 what a padded convolution of stride 2 sees; in the middle of the cells they gave 0.618, 0.620 and
 0.621. Muon (https://kellerjordan.github.io/posts/muon) takes little more than half the steps of
-AdamW: with that, a rate of 4e-3 and anchors in the middle it was 0.613, 0.607 and 0.612 after 8,000.
+AdamW: with that, a rate of 4e-3 and anchors in the middle it was 0.613, 0.607, 0.612 after 8,000.
 
     python main.py --config=configs/retinanet.py
 """
