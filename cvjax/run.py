@@ -16,7 +16,7 @@ from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
 from cvjax.errors import InputError, from_callbacks, nearest
-from cvjax.train.evaluation import eval_loader_of, evaluate, prediction_key, with_index
+from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_key
 from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import data_mesh, put_batch
 from cvjax.train.state import TrainState
@@ -169,7 +169,7 @@ def check_sigmas(evaluators: Mapping[str, Any], source: Any) -> None:
     """Raises InputError where keypoints are evaluated with another number of sigmas."""
     points = getattr(source, "keypoint_names", None)
     for name, settings in evaluators.items():
-        if points and "keypoints" in (settings.get("parts") or ()):
+        if points and settings and "keypoints" in (settings.get("parts") or ()):
             count = len(settings.get("sigmas") or range(17))  # without any they are those of COCO
             if count != len(points):
                 raise InputError(
@@ -208,7 +208,7 @@ def _predict(task, state, loader, seed: int, workdir: Path) -> int:
     mesh, rows, rng = data_mesh(), [], prediction_key(jax.random.key(seed))
     predict = jax.jit(task.predict)
     for number, batch in enumerate(loader.iterate()):
-        placed = put_batch(with_index(batch, number), mesh)
+        placed = put_batch({**batch, **places(batch, number)}, mesh)
         outputs = predict(state.averaged_params, state.model_state, placed, rng)
         rows.append({k: np.asarray(v)[batch["valid"]] for k, v in outputs.items()})
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

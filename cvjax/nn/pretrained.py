@@ -180,6 +180,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if all(name.startswith("model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}
         names = {name: re.sub(r"^(_orig_mod\.)+", "", short) for name, short in names.items()}
+    if len(set(names.values())) < len(arrays):  # two would become one
+        names = {name: name for name in arrays}
     # Numbers of the other order of bytes are none for JAX.
     return {
         names[name]: array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -66,8 +66,8 @@ class Evaluation:
             on_device = sharding.put_whole_batch(batch, self.mesh)
             sums.append(pairs(self.evaluate(params, model_state, on_device, rng)))
             if evaluators:
-                placed = sharding.put_whole_batch(with_index(batch, number), self.mesh)
-                key = prediction_key(self.rng)
+                index = sharding.put_whole_batch(places(batch, number), self.mesh)
+                placed, key = {**on_device, **index}, prediction_key(self.rng)
                 outputs = jax.device_get(self.predict(params, model_state, placed, key))
                 for evaluator in evaluators.values():
                     evaluator.add(outputs, batch)
@@ -81,10 +81,10 @@ class Evaluation:
         return found, pictures
 
 
-def with_index(batch: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """The batch of that number with each row's place in the set, for `predict`."""
+def places(batch: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """`index` of the batch of that number, the place of each row in the set: for `predict`."""
     size = len(batch["valid"])
-    return {**batch, "index": number * size + np.arange(size, dtype=np.int32)}
+    return {"index": number * size + np.arange(size, dtype=np.int32)}
 
 
 def prediction_key(rng: jax.Array) -> jax.Array:
