@@ -5,9 +5,9 @@ feature pyramid; scenes of one to six real MNIST digits that partly hide each ot
 ones made of held-out digits. A point has sigma 0.05: at 0.1 * sqrt(area of the digit) from its
 place it counts exp(-1/2). 0.477, 0.473 and 0.475 keypoint AP, 0.636, 0.637 and 0.641 box AP (COCO,
 .50:.95) on 500 held-out scenes (seeds 0, 1, 2), in 13 min 46 s on one core, all told, on a good day
-and 21 on a bad one; where a stroke ends in a flat edge, its point is hard to tell. Muon (https://kellerjordan.github.io/posts/muon) takes little
-more than half the steps of AdamW, which with a rate of 4e-3 and 256 features in the box head had
-0.472 and 0.636 after 4,800.
+and 21 on a bad one; where a stroke ends in a flat edge, its point is hard to tell. Muon
+(https://kellerjordan.github.io/posts/muon) takes little more than half the steps of AdamW, which
+with a rate of 4e-3 and 256 features in the box head had 0.472 and 0.636 after 4,800.
 
     python main.py --config=configs/keypoint_rcnn.py
 """
