@@ -99,11 +99,11 @@ def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
     for name in data:
         if name not in DATA:
             raise InputError(f"config.data.{name}: no such field{nearest(name, DATA)}")
+    plain = configs.save_json(config)
     for name in ("train", "test"):
-        check_num_classes(
-            configs.save_json(config).get("task", {}), data.get(name), f"config.data.{name}"
-        )
-    evaluators = configs.save_json(config).get("evaluators") or {}
+        check_num_classes(plain.get("task", {}), data.get(name), f"config.data.{name}")
+    # The data path alone (`train.noop.NoOp`) evaluates nothing.
+    evaluators = (plain.get("evaluators") or {}) if built["task"].objectives else {}
     check_num_classes(evaluators, data.get("test"), "config.data.test", "config.evaluators")
     check_sigmas(evaluators, data.get("test"))
     check_class_names(data["train"], data.get("test"))
