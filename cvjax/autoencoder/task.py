@@ -19,7 +19,7 @@ from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
 from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, batch_key, first_row, mean
+from cvjax.train.task import Batch, Metrics, Objective, batch_key, example_keys, first_row, mean
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class VAE:
 
         The image at row i comes from `fold_in(rng, first + i)`, whatever the batch.
         """
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(count))
+        keys = example_keys(rng, count, first)
         z = jax.vmap(lambda key: jax.random.normal(key, (self.latents,)))(keys)
         return self.likelihood.mean(self.decode(params, z))
 

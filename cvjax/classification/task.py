@@ -16,7 +16,7 @@ from cvjax.classification.losses import (
     sigmoid_distillation,
     softmax_cross_entropy,
 )
-from cvjax.data.ranges import check_channels
+from cvjax.data.ranges import check_channels, check_labels
 from cvjax.data.transforms.mixing import Mixed
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
@@ -106,11 +106,8 @@ class Classification:
         check_channels(batch, mean=self.mean, std=self.std)
         label = np.asarray(batch["label"])[batch["valid"]]
         classes = getattr(self.model, "num_classes", 0)
-        if label.ndim == 1 and classes and (wrong := label[(label < 0) | (label >= classes)]).size:
-            raise InputError(
-                f"label is {wrong[0]} in the first batch, but num_classes is {classes}: classes "
-                f"are 0..{classes - 1}"
-            )
+        if label.ndim == 1:
+            check_labels(label, classes)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections; also the teacher's."""

@@ -31,13 +31,11 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
             )
 
 
-def check_labels(batch: Mapping[str, np.ndarray], num_classes: int) -> None:
-    """Raises InputError for a valid row whose label is no class; 0 classes are not looked at."""
-    if not num_classes or "label" not in batch:
-        return
-    label = np.asarray(batch["label"])[np.asarray(batch["valid"])]
-    if (wrong := label[~((label >= 0) & (label < num_classes))]).size:
+def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> None:
+    """Raises InputError for a label that is no class; 0 classes mean that nobody looks at them."""
+    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    if num_classes and wrong.size:
         raise InputError(
-            f"label is {wrong[0]} in the first batch, but num_classes is {num_classes}: classes "
+            f"{name} is {wrong[0]} in the first batch, but num_classes is {num_classes}: classes "
             f"are 0..{num_classes - 1}"
         )

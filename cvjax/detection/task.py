@@ -11,7 +11,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.data.ranges import check_channels
+from cvjax.data.ranges import check_channels, check_labels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
@@ -72,12 +72,7 @@ class Detection:
         self._check_fields(batch)
         check_channels(batch, mean=self.mean, std=self.std)
         real = np.asarray(batch["box_valid"]) & np.asarray(batch["valid"])[:, None]
-        label, classes = np.asarray(batch["box_label"])[real], _num_classes(self.model)
-        if classes and (wrong := label[(label < 0) | (label >= classes)]).size:
-            raise InputError(
-                f"box_label is {wrong[0]} in the first batch, but num_classes is {classes}: "
-                f"classes are 0..{classes - 1}"
-            )
+        check_labels(np.asarray(batch["box_label"])[real], _num_classes(self.model), "box_label")
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""

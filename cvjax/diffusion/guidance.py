@@ -33,7 +33,7 @@ def classifier_free(
     both = jnp.concatenate([condition, jnp.broadcast_to(null, condition.shape)])
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        if isinstance(weight, int | float) and weight == 1:
+        if weight == 1:
             return predict(x, t, condition)
         doubled = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
         conditional, unconditional = jnp.split(doubled, 2)
@@ -51,7 +51,7 @@ def autoguidance(denoise: Denoise, weaker: Denoise, weight: float) -> Denoise:
     """
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:
-        if isinstance(weight, int | float) and weight == 1:
+        if weight == 1:
             return denoise(x, t)
         guide = weaker(x, t)
         return guide + weight * (denoise(x, t) - guide)

@@ -105,7 +105,8 @@ class Diffusion:
         Logs how many evaluations of the network an image takes.
         """
         check_unit_images(batch)
-        check_labels(batch, self.num_classes)
+        if self.num_classes and "label" in batch:
+            check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
         shape = tuple(self.image_shape)
         answer = lambda x, t: jnp.zeros((*x.shape[:-1], self._sampled_channels))  # noqa: E731
         jax.eval_shape(
@@ -293,7 +294,7 @@ class Diffusion:
         return self.num_classes > 0
 
     def _check_guidance(self, guidance: float) -> None:
-        if isinstance(guidance, int | float) and not np.isfinite(guidance):
+        if not np.isfinite(guidance):
             raise InputError(f"guidance is {guidance}; it must be finite")
         if guidance != 1 and not self._is_conditional:
             raise InputError(

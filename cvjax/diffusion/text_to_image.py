@@ -12,11 +12,10 @@ import numpy as np
 
 from cvjax import draw
 from cvjax.data.captions import encode
-from cvjax.diffusion.samplers.integration import example_keys
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree
-from cvjax.train.task import Batch, first_row
+from cvjax.train.task import Batch, example_keys, first_row
 
 
 @dataclass(frozen=True)

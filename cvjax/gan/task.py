@@ -7,6 +7,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cvjax import draw
@@ -14,7 +15,7 @@ from cvjax.data.ranges import check_labels, check_unit_images
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
+from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
 
 KEYS = ("image", "label", "valid")
 
@@ -111,7 +112,8 @@ class GAN:
     def check(self, batch: Batch) -> None:
         """Raises InputError unless a batch on the host has images in [0, 1] and true classes."""
         check_unit_images(batch)
-        check_labels(batch, self.num_classes)
+        if self.num_classes and "label" in batch:
+            check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
 
     def discriminator_loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array, turn: int = 0
@@ -215,7 +217,7 @@ class GAN:
         every = jnp.arange(count) % max(self.num_classes, 1)
         weights = {"params": params["generator"]}
         _, statistics = self.generator.apply(weights, z, every, train=True, mutable="batch_stats")
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(len(labels)))
+        keys = example_keys(rng, len(labels), first)
         z = jax.vmap(lambda key: jax.random.normal(key, (self.latents,)))(keys)
         labels = labels if self.num_classes else jnp.zeros_like(labels)
         return self.generator.apply({**weights, **statistics}, z, labels)

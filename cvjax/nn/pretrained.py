@@ -178,8 +178,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     arrays = _read(_locate(os.fspath(path)))
     names = {name: re.sub(r"^((module|_orig_mod)\.)+", "", name) for name in arrays}
     if all(name.startswith("model.") for name in names.values()):
-        names = {name: short.removeprefix("model.") for name, short in names.items()}
-        names = {name: re.sub(r"^(_orig_mod\.)+", "", short) for name, short in names.items()}
+        inner = r"^model\.((module|_orig_mod)\.)*"
+        names = {name: re.sub(inner, "", short) for name, short in names.items()}
     if len(set(names.values())) < len(arrays):  # two would become one
         names = {name: name for name in arrays}
     # Numbers of the other order of bytes are none for JAX.

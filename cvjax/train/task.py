@@ -54,7 +54,7 @@ class Task(Protocol):
 
         The batch also has `index`, int32 [batch], each row's place in the held-out set, and `rng`
         is the same for all batches: what is drawn for an example with a key of its place is the
-        same whatever the batch size (`first_row`, `batch_key`).
+        same whatever the batch size (`example_keys`, `first_row`; else `batch_key`).
         """
 
     def visualize(
@@ -66,6 +66,11 @@ class Task(Protocol):
 def first_row(batch: Batch) -> jax.Array | int:
     """The place of a batch's first row in the held-out set; 0 where the batch does not say."""
     return batch["index"][0] if "index" in batch else 0
+
+
+def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
+    """The keys of the examples `first`, `first` + 1, ...: the same however a batch is split."""
+    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(count))
 
 
 def batch_key(rng: jax.Array, batch: Batch) -> jax.Array:

@@ -28,10 +28,11 @@ and return float32 [b, *shape], x at t = 0. Each is one program of `lax.scan`s: 
 from cvjax.diffusion.samplers.adaptive import adaptive
 from cvjax.diffusion.samplers.ancestral import ddim, ddpm
 from cvjax.diffusion.samplers.evaluations import evaluations
-from cvjax.diffusion.samplers.integration import Denoise, Shape, example_keys
+from cvjax.diffusion.samplers.integration import Denoise, Shape
 from cvjax.diffusion.samplers.multistep import dpm_solver_2m, unipc
 from cvjax.diffusion.samplers.ode import euler, heun
 from cvjax.diffusion.samplers.sde import euler_maruyama, predictor_corrector
+from cvjax.train.task import example_keys
 
 __all__ = [
     "Denoise",

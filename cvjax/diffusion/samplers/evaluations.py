@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from cvjax.diffusion.process import Process
-from cvjax.diffusion.samplers.integration import Denoise, Shape, example_keys
+from cvjax.diffusion.samplers.integration import Denoise, Shape
 from cvjax.errors import InputError
+from cvjax.train.task import example_keys
 
 
 def evaluations(

@@ -15,11 +15,6 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Shape = tuple[int, ...]
 
 
-def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
-    """The keys of the examples `first`, `first` + 1, ...: the same however a batch is split."""
-    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(count))
-
-
 def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
     """The times [steps + 1] as numbers, known when a program is compiled.
 
@@ -36,7 +31,7 @@ def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
             f"times={name} for {steps} steps gives {grid.size} times from {grid.flat[0]:.4g} to "
             f"{grid.flat[-1]:.4g}; it must give {steps + 1} that fall strictly, from 1 to 0"
         )
-    # Images in [-1, 1] have a standard deviation of about a half.
+    # Images in [-1, 1] have a standard deviation of about a half; few steps show no detail anyway.
     sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
     if steps > 1 and sigma > alpha * (5.0 if steps < 10 else 0.5):
         raise InputError(
