@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -45,8 +45,7 @@ class CodeUsage:
     counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise InputError(f"CodeUsage: size is {self.size}; it must be 1 or more")
+        check_at_least(self, size=1)
         self.counts = np.zeros(self.size, np.int64)
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:

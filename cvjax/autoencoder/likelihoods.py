@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 
 _PIXELS = (-3, -2, -1)
 
@@ -74,8 +74,7 @@ class DiscretizedLogistic:
     min_log_scale: float = -7.0
 
     def __post_init__(self):
-        if self.levels < 2:
-            raise InputError(f"DiscretizedLogistic: levels is {self.levels}; it must be 2 or more")
+        check_at_least(self, levels=2)
 
     def channels(self, c: int) -> int:
         """A mean and a log-scale for each value."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_choices
 from cvjax.nn.pickled_arrays import read_arrays
 from cvjax.train.restore import load_params
 
@@ -63,8 +63,7 @@ class LPIPS:
     net: str = "alexnet"
 
     def __post_init__(self):
-        if self.net not in ("alexnet", "vgg16"):
-            raise InputError(f"LPIPS: net is {self.net!r}; it can be 'alexnet' or 'vgg16'")
+        check_choices(self, net=("alexnet", "vgg16"))
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Returns float32 [b]. Raises InputError where the package is not installed."""

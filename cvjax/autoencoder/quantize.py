@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 
 # What the random first vectors weigh in the averages: the first training batch outweighs them.
 _NOTHING = 1e-6
@@ -60,14 +60,9 @@ class VectorQuantizer(nn.Module):
     restart_below: float = 0.02
 
     def __post_init__(self):
-        if self.size < 1:
-            raise InputError(f"VectorQuantizer: size is {self.size}; it must be 1 or more")
+        check_at_least(self, size=1, commitment=0, restart_below=0)
         if not 0 <= self.decay < 1:
             raise InputError(f"VectorQuantizer: decay is {self.decay}; it must be in [0, 1)")
-        for name in ("commitment", "restart_below"):
-            if getattr(self, name) < 0:
-                value = getattr(self, name)
-                raise InputError(f"VectorQuantizer: {name} is {value}; it must be 0 or more")
         super().__post_init__()
 
     @nn.compact
@@ -134,10 +129,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
-        if not self.levels or min(self.levels) < 2:
-            raise InputError(
-                f"FiniteScalarQuantizer: levels is {self.levels}; each must be 2 or more"
-            )
+        check_at_least(self, levels=2)
         super().__post_init__()
 
     @property

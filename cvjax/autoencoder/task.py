@@ -17,7 +17,7 @@ from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
 from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
 from cvjax.data.ranges import check_unit_images
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, batch_key, example_keys, first_row, mean
 
@@ -52,12 +52,7 @@ class VAE:
     importance_samples: int = 64
 
     def __post_init__(self):
-        for name, least in (
-            ("latents", 1), ("beta", 0), ("warmup_steps", 0), ("free_bits", 0),
-            ("importance_samples", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        check_at_least(self, latents=1, beta=0, warmup_steps=0, free_bits=0, importance_samples=1)
 
     @property
     def objectives(self) -> Sequence[Objective]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from cvjax.autoencoder.quantize import Quantized, Quantizer
 from cvjax.autoencoder.task import Autoencoder, images_of
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, nearest
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 
@@ -63,9 +63,7 @@ class VQGAN:
     autoencoder: Autoencoder = field(init=False, repr=False)
 
     def __post_init__(self):
-        for name in ("perceptual_weight", "adversarial_weight", "start"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        check_at_least(self, perceptual_weight=0, adversarial_weight=0, start=0)
         plain = Autoencoder(self.encoder, self.decoder, self.bottleneck)
         object.__setattr__(self, "autoencoder", plain)
 

@@ -18,7 +18,7 @@ from cvjax.classification.losses import (
 )
 from cvjax.data.ranges import check_channels, check_labels
 from cvjax.data.transforms.mixing import Mixed
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_fractions
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 
@@ -80,9 +80,7 @@ class Classification:
     std: float | tuple[float, ...] = 0.5
 
     def __post_init__(self):
-        for field in ("label_smoothing", "teacher_weight"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise InputError(f"{field} is {getattr(self, field)}; it must be in [0, 1]")
+        check_fractions(self, "label_smoothing", "teacher_weight")
         if self.label_smoothing and not self.exclusive:
             raise InputError(
                 f"label_smoothing is {self.label_smoothing}; without exclusive it must be 0"

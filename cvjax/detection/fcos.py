@@ -33,7 +33,7 @@ from cvjax.detection.losses import (
     normalized,
     sigmoid_focal,
 )
-from cvjax.errors import InputError
+from cvjax.errors import check_choices
 
 DISTANCES = ("exp", "relu")
 
@@ -112,11 +112,7 @@ class FCOS(nn.Module):
 
     def __post_init__(self):
         check_normalizer(self.normalizer)
-        if self.distances not in DISTANCES:
-            raise InputError(
-                f"FCOS: distances is {self.distances!r}; it can be "
-                f"{', '.join(map(repr, DISTANCES))}"
-            )
+        check_choices(self, distances=DISTANCES)
         super().__post_init__()
 
     @nn.compact

@@ -20,7 +20,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_choices, nearest
 
 MARGIN = 1e-3
 
@@ -83,8 +83,7 @@ class VariancePreserving:
 
     def __post_init__(self):
         _check_prediction(self.prediction)
-        if self.schedule not in ("cosine", "linear"):
-            raise InputError(f"schedule is {self.schedule!r}; it can be 'cosine' or 'linear'")
+        check_choices(self, schedule=("cosine", "linear"))
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """The factor of x_0."""

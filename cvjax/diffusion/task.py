@@ -16,7 +16,7 @@ from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
 from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
 
@@ -63,10 +63,7 @@ class Diffusion:
     def __post_init__(self):
         if not 0 <= self.class_dropout < 1:
             raise InputError(f"class_dropout is {self.class_dropout}; it must be in [0, 1)")
-        if self.num_classes < 0:
-            raise InputError(f"num_classes is {self.num_classes}; it must be at least 0")
-        if self.sample_steps < 1:
-            raise InputError(f"sample_steps is {self.sample_steps}; it must be at least 1")
+        check_at_least(self, num_classes=0, sample_steps=1)
         inside = getattr(self.network, "network", self.network)  # of a preconditioned one
         known = getattr(inside, "num_classes", self.num_classes)
         if known != self.num_classes:
@@ -342,11 +339,7 @@ class LearnedVariance(Diffusion):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("simple_weight", "bound_weight"):
-            if getattr(self, field) < 0:
-                raise InputError(f"{field} is {getattr(self, field)}; it cannot be negative")
-        if self.bound_steps < 1:
-            raise InputError(f"bound_steps is {self.bound_steps}; it must be at least 1")
+        check_at_least(self, simple_weight=0, bound_weight=0, bound_steps=1)
 
     def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
         """As of `Diffusion`, with the variances for the sampler that uses them."""

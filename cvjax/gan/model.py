@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices
 from cvjax.nn.unet import depth_to_space
 
 
@@ -88,11 +88,8 @@ class Discriminator(nn.Module):
     conditioning: str = "projection"
 
     def __post_init__(self):
-        if self.conditioning not in ("projection", "auxiliary"):
-            raise InputError(
-                f"Discriminator: conditioning is {self.conditioning!r}; it can be 'projection' or "
-                "'auxiliary'"
-            )
+        check_choices(self, conditioning=("projection", "auxiliary"))
+        check_at_least(self, widths=1, num_classes=0)
         super().__post_init__()
 
     @nn.compact

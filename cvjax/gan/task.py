@@ -12,7 +12,7 @@ import optax
 
 from cvjax import draw
 from cvjax.data.ranges import check_labels, check_unit_images
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
@@ -59,12 +59,10 @@ class GAN:
     statistics_batch: int = 500
 
     def __post_init__(self):
-        for name, least in (
-            ("latents", 1), ("num_classes", 0), ("critic_steps", 1), ("auxiliary", 0),
-            ("gradient_penalty", 0), ("r1", 0), ("statistics_batch", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        check_at_least(
+            self, latents=1, num_classes=0, critic_steps=1, auxiliary=0, gradient_penalty=0, r1=0,
+            statistics_batch=1,
+        )  # fmt: skip
         for name in ("generator", "discriminator"):
             known = getattr(getattr(self, name), "num_classes", self.num_classes)
             if known != self.num_classes:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn.convolution import convolution, pad_to_multiple, patchify
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
@@ -90,16 +90,13 @@ class ConvNeXt(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        if self.size not in SIZES:
-            choices = ", ".join(map(repr, SIZES))
-            raise InputError(f"ConvNeXt: size is {self.size!r}; it can be {choices}")
-        blocks, channels = self.blocks, self.channels
-        if (blocks is None) != (channels is None) or (
-            blocks is not None and not (len(blocks) == len(channels) > 0 < min(*blocks, *channels))
-        ):
+        check_choices(self, size=SIZES)
+        check_at_least(self, num_classes=1, blocks=1, channels=1)
+        check_fractions(self, "stochastic_depth", "dropout")
+        if len(self.blocks or ()) != len(self.channels or ()):
             raise InputError(
-                f"ConvNeXt: blocks is {blocks!r} and channels {channels!r}; they must be of the "
-                "same length, one positive number for each stage, or both None"
+                f"ConvNeXt: blocks is {self.blocks!r} and channels {self.channels!r}; they must be "
+                "of the same length, or both None"
             )
         super().__post_init__()
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, check_choices
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.convolution import patchify
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
@@ -102,14 +102,8 @@ class DiT(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        if self.size not in SIZES:
-            raise InputError(f"DiT: size is {self.size!r}{nearest(self.size, SIZES)}")
-        for field in ("patch", "width", "depth", "heads", "out_channels"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"DiT: {field} is {value}; it must be at least 1")
-        if self.num_classes < 0:
-            raise InputError(f"DiT: num_classes is {self.num_classes}; it must be at least 0")
+        check_choices(self, size=SIZES)
+        check_at_least(self, num_classes=0, patch=1, width=1, depth=1, heads=1, out_channels=1)
         if self._numbers[0] % 4:
             raise InputError(f"DiT: width is {self._numbers[0]}; it must be a multiple of 4")
         super().__post_init__()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn import inverted_residual
 from cvjax.nn.convolution import PADDINGS, convolution
 from cvjax.nn.inverted_residual import InvertedResidual, divisible
@@ -100,12 +100,9 @@ class EfficientNet(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, choices in dict(size=SIZES, padding=PADDINGS).items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(
-                    f"EfficientNet: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
-                )
+        check_choices(self, size=SIZES, padding=PADDINGS)
+        check_at_least(self, num_classes=1)
+        check_fractions(self, "stochastic_depth", "dropout")
         for field in ("width", "depth"):
             value = getattr(self, field)
             if value is not None and not value > 0:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError
+from cvjax.errors import check_at_least
 from cvjax.nn.unet import space_to_depth
 
 
@@ -38,8 +38,7 @@ class Patches(nn.Module):
     patch: int = 2
 
     def __post_init__(self):
-        if self.patch < 1:
-            raise InputError(f"Patches: patch is {self.patch}; it must be at least 1")
+        check_at_least(self, patch=1)
         super().__post_init__()
 
     @property

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, check_choices, nearest
 from cvjax.nn.convolution import convolution
 
 EXTRAS = ("pool", "backbone", "pyramid")
@@ -49,12 +49,8 @@ class FPN(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        if self.extra not in EXTRAS:
-            raise InputError(
-                f"FPN: extra is {self.extra!r}; it can be {', '.join(map(repr, EXTRAS))}"
-            )
-        if self.extra_levels < 0:
-            raise InputError(f"FPN: extra_levels is {self.extra_levels}; it must be at least 0")
+        check_choices(self, extra=EXTRAS)
+        check_at_least(self, features=1, extra_levels=0)
         super().__post_init__()
 
     def strides(self, strides: Sequence[int]) -> list[int]:

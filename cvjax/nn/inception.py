@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError
+from cvjax.errors import check_at_least, check_choices
 
 Size = tuple[int, int]
 VARIANTS = ("fid", "torchvision")
@@ -155,9 +155,8 @@ class InceptionV3(nn.Module):
     variant: str = "fid"
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            choices = " or ".join(map(repr, VARIANTS))
-            raise InputError(f"InceptionV3: variant is {self.variant!r}; it can be {choices}")
+        check_choices(self, variant=VARIANTS)
+        check_at_least(self, num_classes=1)
         super().__post_init__()
 
     @property

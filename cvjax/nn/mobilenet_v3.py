@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn import inverted_residual
 from cvjax.nn.convolution import PADDINGS, convolution
 from cvjax.nn.inverted_residual import InvertedResidual, divisible
@@ -103,16 +103,11 @@ class MobileNetV3(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, choices in dict(size=SIZES, padding=PADDINGS).items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(
-                    f"MobileNetV3: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
-                )
+        check_choices(self, size=SIZES, padding=PADDINGS)
+        check_at_least(self, num_classes=1, stem=1)
+        check_fractions(self, "stochastic_depth", "dropout")
         if not self.width > 0:
             raise InputError(f"MobileNetV3: width is {self.width!r}; it must be above 0")
-        if self.stem is not None and self.stem < 1:
-            raise InputError(f"MobileNetV3: stem is {self.stem!r}; it must be at least 1")
         if self.blocks is not None and not self.blocks:
             raise InputError("MobileNetV3: blocks is empty; it must name at least one")
         super().__post_init__()

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn.convolution import convolution
 from cvjax.nn.pooling import max_pool
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
@@ -151,27 +151,12 @@ class ResNet(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, choices in dict(
-            depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck"), variant=("b", "d")
-        ).items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(
-                    f"ResNet: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
-                )
-        for field in ("width", "groups", "base_width", "num_classes"):
-            if getattr(self, field) < 1:
-                raise InputError(
-                    f"ResNet: {field} is {getattr(self, field)}; it must be at least 1"
-                )
-        for field in ("stochastic_depth", "dropout"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise InputError(f"ResNet: {field} is {getattr(self, field)}; it must be in [0, 1]")
-        if self.stage_sizes is not None and (not self.stage_sizes or min(self.stage_sizes) < 1):
-            raise InputError(
-                f"ResNet: stage_sizes is {self.stage_sizes!r}; it must name at least one stage, "
-                "and each at least one block"
-            )
+        check_choices(
+            self, depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck"),
+            variant=("b", "d"),
+        )  # fmt: skip
+        check_at_least(self, width=1, groups=1, base_width=1, num_classes=1, stage_sizes=1)
+        check_fractions(self, "stochastic_depth", "dropout")
         basic = (self.block or SIZES[self.depth][0]) == "basic"
         if basic and (self.groups, self.base_width) != (1, 64):
             raise InputError(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.nn.pooling import max_pool
 
 
@@ -35,8 +35,7 @@ class ResNet9(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        if self.width < 1:
-            raise InputError(f"ResNet9: width is {self.width}; it must be at least 1")
+        check_at_least(self, num_classes=1, width=1)
         super().__post_init__()
 
     @property

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn.convolution import pad_to_multiple, patchify
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
@@ -189,18 +189,13 @@ class Swin(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        if self.size not in SIZES:
-            choices = ", ".join(map(repr, SIZES))
-            raise InputError(f"Swin: size is {self.size!r}; it can be {choices}")
-        for field in ("patch", "window", "width"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"Swin: {field} is {value!r}; it must be at least 1")
+        check_choices(self, size=SIZES)
+        check_at_least(self, num_classes=1, patch=1, window=1, width=1, blocks=1, heads=1)
+        check_fractions(self, "stochastic_depth", "dropout")
         _, blocks, heads = self._numbers
-        if not len(blocks) == len(heads) > 0 < min(*blocks, *heads):
+        if len(blocks) != len(heads):
             raise InputError(
-                f"Swin: blocks is {blocks!r} and heads {heads!r}; they must be of the same "
-                "length, one positive number for each stage"
+                f"Swin: blocks is {blocks!r} and heads {heads!r}; they must be of the same length"
             )
         super().__post_init__()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.nn.vit import Block
 
 
@@ -32,6 +32,10 @@ class TextEncoder(nn.Module):
     depth: int = 1
     heads: int = 2
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, vocabulary=1, length=1, width=1, depth=1, heads=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 
@@ -152,18 +152,10 @@ class UNet(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, least in (
-            ("num_classes", 0), ("width", 1), ("blocks", 1), ("head_features", 1), ("patch", 1),
-            ("embedding", 2), ("out_channels", 1),
-        ):  # fmt: skip
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise InputError(f"UNet: {field} is {value}; it must be at least {least}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise InputError(
-                f"UNet: multipliers is {self.multipliers!r}; it must name at least one level, and "
-                "each at least 1"
-            )
+        check_at_least(
+            self, num_classes=0, width=1, multipliers=1, blocks=1, head_features=1, patch=1,
+            embedding=2, out_channels=1,
+        )  # fmt: skip
         if not set(self.attention) <= set(range(len(self.multipliers))):
             raise InputError(
                 f"UNet: attention is {self.attention!r}; its levels must be in "

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.bicubic import resize_bicubic
 from cvjax.nn.convolution import pad_to_multiple, patchify
@@ -112,22 +112,15 @@ class ViT(nn.Module):
     remat: bool = False
 
     def __post_init__(self):
-        for field, choices in dict(size=SIZES, pooling=("class", "mean", "mean_norm")).items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(
-                    f"ViT: {field} is {value!r}; it can be {', '.join(map(repr, choices))}"
-                )
-        for field in ("patch", "width", "depth", "heads"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"ViT: {field} is {value!r}; it must be at least 1")
-        if self.registers < 0:
-            raise InputError(f"ViT: registers is {self.registers!r}; it cannot be negative")
-        if any(side < 1 or side % self.patch for side in self._sides):
+        check_choices(self, size=SIZES, pooling=("class", "mean", "mean_norm"))
+        check_at_least(
+            self, num_classes=1, patch=1, registers=0, width=1, depth=1, heads=1, image_size=1
+        )
+        check_fractions(self, "stochastic_depth", "dropout")
+        if len(self._sides) != 2 or any(side % self.patch for side in self._sides):
             raise InputError(
                 f"ViT: image_size is {self.image_size!r}; it must be a multiple of "
-                f"patch={self.patch}"
+                f"patch={self.patch}, or two"
             )
         super().__post_init__()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 
 
 @dataclass
@@ -33,8 +33,7 @@ class MeanIoU:
     matrix: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise InputError(f"MeanIoU: num_classes is {self.num_classes}; it must be at least 1")
+        check_at_least(self, num_classes=1)
         self.matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:

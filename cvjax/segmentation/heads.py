@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.unet import depth_to_space
 
@@ -284,10 +284,8 @@ def to_pixels(score: jax.Array, size: tuple[int, int], subpixel: int = 1) -> jax
 
 def _check(head: nn.Module, maps: Maps) -> None:
     """Raises InputError for a head that cannot be."""
-    for field in ("num_classes", "subpixel", "maps"):
-        value = getattr(head, field, 1)
-        if value < 1:
-            raise InputError(f"{type(head).__name__}: {field} is {value}; it must be at least 1")
+    fields = ("num_classes", "features", "subpixel", "maps")
+    check_at_least(head, **{field: 1 for field in fields if hasattr(head, field)})
     if getattr(head, "maps", 1) > len(maps):
         raise InputError(
             f"{type(head).__name__}: maps is {head.maps}; the backbone has only {len(maps)}"

@@ -7,6 +7,7 @@ Trains a masking autoencoder on 4,000 digits without labels, then classifies fro
 labels, same augmentation, same steps, for each of two learning rates; a seed is all of it anew.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -28,8 +29,6 @@ from cvjax.train.loop import fit
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
 
-SEEDS, RATES = (0, 1, 2), (1e-3, 3e-3)
-PRETRAINING_STEPS, STEPS = 700, 150
 AFFINE = partial(random_affine, degrees=10.0, scale=(0.9, 1.1), pixels=1.0)
 
 
@@ -43,18 +42,18 @@ def optimizer(rate: float) -> Optimizer:
     )
 
 
-def pretrain(workdir: Path, seed: int) -> None:
+def pretrain(workdir: Path, seed: int, steps: int) -> None:
     """Leaves an autoencoder's checkpoint in `workdir`."""
     task = Autoencoder(
         Encoder(32), Decoder((28, 28, 1)), corrupt=partial(mask_patches, rate=0.5, patch=4)
     )
     fit(
-        task, Digits("train"), steps=PRETRAINING_STEPS, batch_size=64, seed=seed,
-        optimizer=optimizer(2e-3), workdir=workdir, log_every=100, tensorboard=False,
+        task, Digits("train"), steps=steps, batch_size=64, seed=seed, optimizer=optimizer(2e-3),
+        workdir=workdir, log_every=100, tensorboard=False,
     )  # fmt: skip
 
 
-def accuracy(seed: int, rate: float, workdir: Path | None) -> float:
+def accuracy(seed: int, rate: float, steps: int, workdir: Path | None) -> float:
     """Held-out accuracy after learning from 40 labels."""
     initialize = None
     if workdir is not None:
@@ -62,7 +61,7 @@ def accuracy(seed: int, rate: float, workdir: Path | None) -> float:
     result = fit(
         # The autoencoder's encoder sees images in [0, 1].
         Classification(Encoder(10), label_smoothing=0.1, mean=0.0, std=1.0),
-        Digits("train", per_class=4), steps=STEPS, batch_size=40, seed=seed,
+        Digits("train", per_class=4), steps=steps, batch_size=40, seed=seed,
         optimizer=optimizer(rate), eval_data=Digits("test"), initialize=initialize,
         loader={"transforms": (AFFINE,)}, log_every=50,
     )  # fmt: skip
@@ -71,15 +70,21 @@ def accuracy(seed: int, rate: float, workdir: Path | None) -> float:
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--pretraining-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=150)
+    flags = parser.parse_args()
     found = {}
-    for seed in SEEDS:
+    for seed in flags.seeds:
         with tempfile.TemporaryDirectory() as folder:
             workdir, began = Path(folder) / "run", time.process_time()
-            pretrain(workdir, seed)
+            pretrain(workdir, seed, flags.pretraining_steps)
             print(f"seed {seed}: pretrained in {time.process_time() - began:.0f} CPU-seconds")
-            for rate in RATES:
+            for rate in flags.rates:
                 for name, start in (("from scratch", None), ("from the autoencoder", workdir)):
-                    value = accuracy(seed, rate, start)
+                    value = accuracy(seed, rate, flags.steps, start)
                     found.setdefault((name, rate), []).append(value)
                     print(f"seed {seed}, rate {rate}, {name}: {value:.3f}", flush=True)
     for (name, rate), values in sorted(found.items()):

@@ -207,7 +207,7 @@ def test_what_cannot_be_is_said():
     ):
         with pytest.raises(InputError, match=message):
             VectorQuantizer(**fields)
-    with pytest.raises(InputError, match="each must be 2 or more"):
+    with pytest.raises(InputError, match="each must be at least 2"):
         FiniteScalarQuantizer((3, 1))
     with pytest.raises(InputError, match="are 2 channels, but the encoder gives 3"):
         FiniteScalarQuantizer((3, 3)).apply({}, jnp.zeros((1, 3)), ALL[:1])

@@ -156,7 +156,7 @@ def test_padding_changes_nothing(batch, started, results):
 
 def test_what_cannot_be_is_said(batch):
     for field in ("start", "perceptual_weight", "adversarial_weight"):
-        with pytest.raises(InputError, match=f"{field} is -1; it must be 0 or more"):
+        with pytest.raises(InputError, match=f"{field} is -1; it must be at least 0"):
             dataclasses.replace(TASK, **{field: -1})
     with pytest.raises(InputError, match="values from -1 to -1"):
         TASK.check({"image": np.full((1, *SHAPE), -1.0), "valid": np.ones(1, bool)})

@@ -97,10 +97,10 @@ def test_the_loader_stacks_them():
     "change, message",
     [
         ({"split": "tset"}, "did you mean test"),
-        ({"size": 63}, "size=63 must be at least 64"),
-        ({"count": 0}, "count=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"max_instances": 5}, "max_instances=5 must be at least 6"),
+        ({"size": 63}, "size is 63; it must be at least 64"),
+        ({"count": 0}, "count is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"max_instances": 5}, "max_instances is 5; it must be at least 6"),
     ],
 )
 def test_scenes_that_cannot_be(change, message):

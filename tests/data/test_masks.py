@@ -407,9 +407,9 @@ def test_folders_of_masks_that_cannot_be_used(tmp_path):
         Masks(tmp_path)
     make_masks(tmp_path)
     for field in ("image_size", "pad_to"):
-        with pytest.raises(InputError, match=f"{field}=0"):
+        with pytest.raises(InputError, match=f"{field} is 0"):
             Masks(tmp_path, **{field: 0})
-    with pytest.raises(InputError, match="channels=2"):
+    with pytest.raises(InputError, match="channels is 2"):
         Masks(tmp_path, channels=2)
     save(tmp_path / "images" / "a.jpg", picture(6, 8))
     with pytest.raises(InputError, match=r"a.jpg and .*a.png have one name"):

@@ -115,9 +115,9 @@ def test_the_loader_keeps_integers():
     [
         ({"split": "tset"}, "did you mean test"),
         ({"fields": ("mask", "imgae")}, "did you mean image"),
-        ({"size": 63}, "size=63 must be at least 64"),
-        ({"count": 0}, "count=0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"size": 63}, "size is 63; it must be at least 64"),
+        ({"count": 0}, "count is 0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_scenes_that_cannot_be(change, message):

@@ -46,8 +46,8 @@ def test_few_large_digits_in_colour():
     for fields, message in (
         (dict(split="test", per_class=101), "per_class=101"),
         (dict(per_class=0), "per_class=0"),
-        (dict(channels=2), "channels=2"),
-        (dict(image_size=0), "image_size=0"),
+        (dict(channels=2), "channels is 2; it can be 1 or 3"),
+        (dict(image_size=0), "image_size is 0"),
     ):
         with pytest.raises(InputError, match=message):
             Digits(**fields)
@@ -319,9 +319,9 @@ def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match="a has no images"):
         Folder(tmp_path)
-    with pytest.raises(InputError, match="channels=4"):
+    with pytest.raises(InputError, match="channels is 4"):
         Folder(tmp_path, channels=4)
-    with pytest.raises(InputError, match="image_size=0"):
+    with pytest.raises(InputError, match="image_size is 0"):
         Folder(tmp_path, image_size=0)
     save(tmp_path / "a" / "1.png", picture(2, 2))
     source = Folder(tmp_path)

@@ -188,5 +188,5 @@ def test_the_number_of_parameters_is_that_of_torchvision():
 def test_impossible_settings():
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         FCOS(ENCODER, FCOSHead(3), normalizer="epoch")
-    with pytest.raises(InputError, match="distances is 'log'; it can be 'exp', 'relu'"):
+    with pytest.raises(InputError, match="distances is 'log'; it can be 'exp' or 'relu'"):
         FCOS(ENCODER, FCOSHead(3), distances="log")

@@ -17,6 +17,7 @@ from cvjax.nn.mobilenet_v3 import SMALL, MobileNetV3
 from cvjax.nn.resnet import ResNet
 from cvjax.nn.stochastic_depth import drop_rates
 from cvjax.nn.swin import Swin
+from cvjax.nn.text_encoder import TextEncoder
 from cvjax.nn.vit import ViT
 
 # As torchvision's and timm's documentation give them, for 1000 classes at 224 pixels.
@@ -366,6 +367,15 @@ def test_bicubic(size):
         (lambda: Swin("huge"), "size is 'huge'"),
         (lambda: Swin(blocks=(1,)), "the same length"),
         (lambda: Swin(window=0), "window is 0"),
+        (lambda: Swin(heads=(3, 0, 12, 24)), "heads is (3, 0, 12, 24); each must be at least 1"),
+        (lambda: ConvNeXt(num_classes=-1), "num_classes is -1; it must be at least 1"),
+        (lambda: ConvNeXt(blocks=(), channels=()), "blocks is (); each must be at least 1"),
+        (lambda: ConvNeXt(dropout=1.5), "dropout is 1.5; it must be in [0, 1]"),
+        (lambda: ViT(image_size=(16,)), "image_size is (16,); it must be a multiple of patch=16"),
+        (lambda: ViT(stochastic_depth=float("nan")), "stochastic_depth is nan"),
+        (lambda: EfficientNet(num_classes=0), "num_classes is 0"),
+        (lambda: MobileNetV3(num_classes=0), "num_classes is 0"),
+        (lambda: TextEncoder(vocabulary=0, length=4), "vocabulary is 0"),
     ],
 )
 def test_impossible_fields_say_what_is_possible(make, message):

@@ -219,8 +219,8 @@ def test_evaluation_reads_the_running_average():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(depth=20), "depth is 20; it can be 18, 34, 50, 101, 152"),
-        (dict(stem="large"), "stem is 'large'; it can be 'imagenet', 'cifar'"),
+        (dict(depth=20), "depth is 20; it can be 18, 34, 50, 101 or 152"),
+        (dict(stem="large"), "stem is 'large'; it can be 'imagenet' or 'cifar'"),
         (dict(block="wide"), "block is 'wide'"),
         (dict(stage_sizes=()), "stage_sizes is ()"),
         (dict(stage_sizes=(1, 0)), "stage_sizes is (1, 0)"),

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from cvjax.data.captions import encode
 from cvjax.data.sources import Example
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, nearest
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("a", "an", "small", "large", "bold", *NAMES, ",", "tilted", "left", "right")
@@ -52,8 +52,7 @@ class CaptionedDigits:
     def __post_init__(self) -> None:
         if self.split not in _SPLITS:
             raise InputError(f"split={self.split!r} does not exist{nearest(self.split, _SPLITS)}")
-        if self.count < 1:
-            raise InputError(f"count={self.count} must be at least 1")
+        check_at_least(self, count=1)
         if self.image_size < 1 or 28 % self.image_size:
             raise InputError(f"image_size={self.image_size} must divide 28")
         for word in WORDS:

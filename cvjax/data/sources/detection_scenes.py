@@ -12,7 +12,7 @@ import numpy as np
 
 from cvjax.data.sources import Example, scenes
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, nearest
 
 _SPLITS = ("train", "test")
 _DIGITS = (1, 6)  # the fewest and the most that a scene is meant to have
@@ -65,12 +65,7 @@ class DetectionScenes:
     def __post_init__(self) -> None:
         if self.split not in _SPLITS:
             raise InputError(f"split={self.split!r} does not exist{nearest(self.split, _SPLITS)}")
-        for name, value, least in (
-            ("count", self.count, 1), ("size", self.size, 64), ("seed", self.seed, 0),
-            ("max_instances", self.max_instances, _DIGITS[1]),
-        ):  # fmt: skip
-            if value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
+        check_at_least(self, count=1, size=64, seed=0, max_instances=_DIGITS[1])
 
     @property
     def class_names(self) -> tuple[str, ...]:

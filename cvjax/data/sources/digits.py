@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from cvjax.data.sources import Example, frozen
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, check_choices, nearest
 
 _SPLITS = ("train", "test")
 
@@ -39,10 +39,8 @@ class Digits:
         most = 400 if self.split == "train" else 100
         if self.per_class is not None and not 1 <= self.per_class <= most:
             raise InputError(f"per_class={self.per_class} must be in 1..{most}")
-        if self.channels not in (1, 3):
-            raise InputError(f"channels={self.channels} must be 1 or 3")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size={self.image_size} must be at least 1")
+        check_choices(self, channels=(1, 3))
+        check_at_least(self, image_size=1)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from cvjax.data.sources import Example
 from cvjax.data.sources.pictures import upright
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -43,10 +43,8 @@ class Folder:
 
     def __post_init__(self) -> None:
         root = pathlib.Path(self.path).expanduser()
-        if self.channels not in (1, 3):
-            raise InputError(f"channels={self.channels} must be 1 or 3")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size={self.image_size} must be at least 1, or None")
+        check_choices(self, channels=(1, 3))
+        check_at_least(self, image_size=1)
         if not root.is_dir():
             raise InputError(f"the folder {root} does not exist")
         classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))

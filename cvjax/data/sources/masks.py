@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from cvjax.data.sources import Example
 from cvjax.data.sources.pictures import upright
-from cvjax.errors import InputError
+from cvjax.errors import InputError, check_at_least, check_choices
 
 IGNORE = 255  # in a mask: a pixel without truth
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -44,12 +44,8 @@ class PairReader:
     max_pixels: int = 2**26
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise InputError(f"channels={self.channels} must be 1 or 3")
-        for name in ("image_size", "pad_to"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1, or None")
+        check_choices(self, channels=(1, 3))
+        check_at_least(self, image_size=1, pad_to=1)
         if self.image_size is not None and self.pad_to is not None:
             raise InputError(
                 f"image_size={self.image_size} and pad_to={self.pad_to}: give only one of them"

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from cvjax.data.sources import Example
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, check_at_least, nearest
 
 _SPLITS = ("train", "test")
 _FIELDS = ("image", "mask", "instance", "boxes", "present")
@@ -63,11 +63,7 @@ class Scenes:
         for field in self.fields:
             if field not in _FIELDS:
                 raise InputError(f"fields: a scene has no {field!r}{nearest(field, _FIELDS)}")
-        for name, value, least in (
-            ("count", self.count, 1), ("size", self.size, 64), ("seed", self.seed, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
+        check_at_least(self, count=1, size=64, seed=0)
 
     @property
     def class_names(self) -> tuple[str, ...]:
