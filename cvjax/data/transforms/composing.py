@@ -77,7 +77,8 @@ def copy_paste(
         share: the probability of each object to be copied.
 
     Raises:
-        InputError: there are no masks, the images differ in size, or `share` makes no sense.
+        InputError: there are no masks, only the first example has a `mask` of classes, the images
+            differ in size, or `share` makes no sense.
     """
     check_between(0, 1, share=share)
     for one in (example, other):
@@ -88,6 +89,8 @@ def copy_paste(
             f"copy_paste needs images of one size, not {list(example['image'].shape)} and "
             f"{list(other['image'].shape)}"
         )
+    if "mask" in example and "mask" not in other:
+        raise InputError("copy_paste: the other example needs a mask of classes, as the first has")
     example, other = real_objects(example), real_objects(other)
     count = len(other["boxes"])
     chosen = rng.random(count) < share
@@ -120,7 +123,7 @@ def copy_paste(
         points[..., 2] = np.where(is_covered, np.minimum(points[..., 2], 1), points[..., 2])
         below["keypoints"] = points
     for name in ("image", "mask"):
-        if name in below and name in other:
+        if name in below:
             where = cover[..., None] if name == "image" else cover
             below[name] = np.where(where, other[name], below[name])
     is_gone = (after == 0) & (before > 0)

@@ -137,6 +137,10 @@ def test_what_cannot_be_composed():
         composing.copy_paste(without, one, rng)
     with pytest.raises(InputError, match="of one size"):
         composing.copy_paste(one, painted(60, size=(40, 40)), rng)
+    without_classes = {k: v for k, v in one.items() if k != "mask"}
+    with pytest.raises(InputError, match="needs a mask of classes"):
+        composing.copy_paste(one, without_classes, rng)
+    assert "mask" not in composing.copy_paste(without_classes, one, rng)
     with pytest.raises(InputError, match="share=2"):
         composing.copy_paste(one, one, rng, share=2)
     with pytest.raises(InputError, match="those of another"):
