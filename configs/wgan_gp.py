@@ -7,7 +7,7 @@ of which sees other digits.
     python main.py --config=configs/wgan_gp.py
     python experiments/frechet/run.py --workdir=runs/wgan_gp
 
-1,212 CPU-seconds on one core of a slow day, on which two made 2.1 steps a second: 13 minutes. Of
+1,212 CPU-seconds on one core of a slow day; two made 2.1 steps a second, which is 13 minutes. Of
 1,000 samples (seed 0): FD-digits 1.2 (held-out real digits in their place 0.13), precision .807
 (.933), recall .914 (.940): most are clean digits; 2,000 steps give 1.1, .828 and .920. With 64
 latents and half the generator's widths these gave 3.5.

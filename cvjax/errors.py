@@ -1,4 +1,7 @@
-"""The one exception that is shown to a person as a single line, without a traceback."""
+"""The one exception that is shown to a person as a single line, and checks of fields that raise it.
+
+Those of the arguments of functions are in `cvjax.data.transforms.settings`.
+"""
 
 import contextlib
 import difflib
