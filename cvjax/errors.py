@@ -1,12 +1,9 @@
-"""The one exception that is shown to a person as a single line, and checks of fields that raise it.
-
-Those of the arguments of functions are in `cvjax.data.transforms.settings`.
-"""
+"""The one exception that is shown to a person as a single line."""
 
 import contextlib
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from jax.errors import JaxRuntimeError
 
@@ -41,39 +38,3 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]}?)"
     return f" (there are: {', '.join(choices)})" if choices else ""
-
-
-def check_choices(owner: object, **choices: Collection) -> None:
-    """Raises InputError unless each field of `owner` that is named is one of its `choices`."""
-    for field, known in choices.items():
-        value = getattr(owner, field)
-        if value not in known:
-            *first, last = map(repr, known)
-            raise InputError(
-                f"{type(owner).__name__}: {field} is {value!r}; it can be "
-                f"{', '.join(first)} or {last}"
-            )
-
-
-def check_at_least(owner: object, **least: float) -> None:
-    """Raises InputError for a field of `owner` that is below its `least`, or not a number.
-
-    None is passed over. Of a tuple, which cannot be empty, each number counts.
-    """
-    for field, bound in least.items():
-        value = getattr(owner, field)
-        several = isinstance(value, tuple | list)
-        numbers = value if several else (value,)
-        if value is not None and not (numbers and all(number >= bound for number in numbers)):
-            raise InputError(
-                f"{type(owner).__name__}: {field} is {value!r}; {'each' if several else 'it'} must "
-                f"be at least {bound}"
-            )
-
-
-def check_fractions(owner: object, *fields: str) -> None:
-    """Raises InputError for a field of `owner` that is outside of [0, 1]."""
-    for field in fields:
-        value = getattr(owner, field)
-        if not 0 <= value <= 1:
-            raise InputError(f"{type(owner).__name__}: {field} is {value}; it must be in [0, 1]")

@@ -85,7 +85,7 @@ BAD = {
         "config.evaluators.coco.sigmas has 2 numbers, but config.data.test has 4 keypoints"),
     "alone": (["--distributed"], "leave the flag out"),
     "setting of a transform": (
-        [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees=-1.0 must be from 0"),
+        [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees is -1.0; it must be in"),
     "field of a transform": (
         [f"--config={CLASSIFICATION}", f"{AFFINE}.degree=1"], "did you mean degrees?"),
     "no number": (["--config.steps={[1]: 2}"], "must be of type int"),

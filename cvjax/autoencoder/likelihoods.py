@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError, check_at_least
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 
 _PIXELS = (-3, -2, -1)
 

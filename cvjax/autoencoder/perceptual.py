@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.errors import InputError, check_choices
+from cvjax.checks import check_choices
+from cvjax.errors import InputError
 from cvjax.nn.pickled_arrays import read_arrays
 from cvjax.train.restore import load_params
 

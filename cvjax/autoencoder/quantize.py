@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError, check_at_least
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 
 # What the random first vectors weigh in the averages: the first training batch outweighs them.
 _NOTHING = 1e-6

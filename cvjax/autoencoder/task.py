@@ -16,8 +16,9 @@ from cvjax import draw
 from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
 from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
+from cvjax.checks import check_at_least
 from cvjax.data.ranges import check_unit_images
-from cvjax.errors import InputError, check_at_least
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, batch_key, example_keys, first_row, mean
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from cvjax.autoencoder.quantize import Quantized, Quantizer
 from cvjax.autoencoder.task import Autoencoder, images_of
-from cvjax.errors import InputError, check_at_least, nearest
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError, nearest
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 

@@ -12,6 +12,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import average_precision_score
 
 from cvjax import draw
+from cvjax.checks import check_count
 from cvjax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
@@ -102,8 +103,7 @@ class Calibration:
     """
 
     def __init__(self, bins: int = 15):
-        if bins < 1:
-            raise InputError(f"bins is {bins}; it must be at least 1")
+        check_count(1, bins=bins)
         self.bins = bins
         self._logits: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from cvjax import draw
+from cvjax.checks import check_fractions
 from cvjax.classification.losses import (
     distillation,
     sigmoid_distillation,
@@ -18,7 +19,7 @@ from cvjax.classification.losses import (
 )
 from cvjax.data.ranges import check_channels, check_labels
 from cvjax.data.transforms.mixing import Mixed
-from cvjax.errors import InputError, check_fractions
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 

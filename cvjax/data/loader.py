@@ -10,6 +10,7 @@ number: b.
 
 import atexit
 import dataclasses
+import math
 import pathlib
 import sys
 import weakref
@@ -20,10 +21,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from cvjax.checks import check_between, check_choice, check_count
 from cvjax.data.resilient import BadExample, Budget, Reader
 from cvjax.data.sources import Example, Source, example_id
 from cvjax.data.transforms import Transform
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -93,25 +95,14 @@ class Loader:
         bad_budget: float = 0.05,
         bad_examples: str | pathlib.Path | None = None,
     ):
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("process_count", process_count, 1),
-            ("threads", threads, 0),
-            ("processes", processes, 0),
-            ("prefetch", prefetch, 0),
-            ("retries", retries, 0),
-            ("backoff", backoff, 0),
-            ("bad_budget", bad_budget, 0),
-        ):
-            if value < least:
-                raise InputError(f"{name}={value} must be at least {least}")
-        if epochs is not None and epochs < 1:
-            raise InputError(f"epochs={epochs} must be at least 1, or None for endless")
-        if last not in ("drop", "pad"):
-            raise InputError(f"last={last!r} does not exist{nearest(str(last), ('drop', 'pad'))}")
-        if not 0 <= process_index < process_count:
-            raise InputError(f"process_index={process_index} must be in 0..{process_count - 1}")
+        check_count(1, batch_size=batch_size, process_count=process_count)
+        check_count(0, seed=seed, threads=threads, processes=processes)
+        check_count(0, prefetch=prefetch, retries=retries)
+        check_between(0, math.inf, backoff=backoff, bad_budget=bad_budget)
+        if epochs is not None:  # endless
+            check_count(1, epochs=epochs)
+        check_choice(("drop", "pad"), last=last)
+        check_between(0, process_count - 1, process_index=process_index)
         if batch_size % process_count:
             raise InputError(
                 f"batch_size={batch_size} cannot be shared equally by {process_count} processes"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_count
 from cvjax.errors import InputError
 
 
@@ -58,9 +59,8 @@ def grid_anchors(
 
 def _points(height: int, width: int, stride: int, offset: float) -> np.ndarray:
     if offset not in (0, 0.5):
-        raise InputError(f"offset={offset} must be 0 (corner of the cell) or 0.5 (its middle)")
-    if stride < 1:
-        raise InputError(f"stride={stride} must be at least 1")
+        raise InputError(f"offset is {offset}; it must be 0 (a cell's corner) or 0.5 (its middle)")
+    check_count(1, stride=stride)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     return (np.stack([x, y], -1).reshape(-1, 2) + np.float32(offset)) * np.float32(stride)
 
@@ -69,7 +69,9 @@ def _cell_anchors(
     sizes: Sequence[float], aspect_ratios: Sequence[float], rounded: bool
 ) -> np.ndarray:
     if not all(number > 0 for number in (*sizes, *aspect_ratios)):
-        raise InputError(f"sizes={sizes} and aspect_ratios={aspect_ratios} must all be above 0")
+        raise InputError(
+            f"sizes is {sizes} and aspect_ratios {aspect_ratios}; each must be above 0"
+        )
     # In float32 from the start: what lies at a half must round as it does in torchvision.
     tall = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]
     scale = np.asarray(sizes, np.float32)[None]

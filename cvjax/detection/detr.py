@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.boxes import (
     clip,
     cxcywh_to_xyxy,
@@ -181,10 +182,8 @@ class DETR(nn.Module):
         check_normalizer(self.normalizer)
         if not 0 < self.no_object <= 1:
             raise InputError(f"DETR: no_object is {self.no_object}; it must be in (0, 1]")
-        if self.decoder_layers < 1:
-            raise InputError(
-                f"DETR: decoder_layers is {self.decoder_layers}; it must be at least 1"
-            )
+        check_at_least(self, num_classes=1, queries=1, decoder_layers=1, encoder_layers=0)
+        check_fractions(self, "dropout")
         super().__post_init__()
 
     @nn.compact

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_choices
 from cvjax.detection import assigners
 from cvjax.detection.anchors import grid_points
 from cvjax.detection.coders import MAX_LOG_SCALE, decode_distances, encode_distances
@@ -33,7 +34,6 @@ from cvjax.detection.losses import (
     normalized,
     sigmoid_focal,
 )
-from cvjax.errors import check_choices
 
 DISTANCES = ("exp", "relu")
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_count
 from cvjax.detection.boxes import iou
-from cvjax.errors import InputError
 
 
 class Kept(NamedTuple):
@@ -93,7 +93,7 @@ def matrix_nms(
     f = exp(-sigma IoU^2) (the paper's code) or, where sigma is None, f = 1 - IoU.
     """
     scores, alive = _scores(scores, valid)
-    _check_outputs(max_outputs)
+    check_count(1, max_outputs=max_outputs)
     count = scores.shape[0]
     if count == 0:
         return _nothing(max_outputs)
@@ -132,7 +132,7 @@ def _one_by_one(
 ) -> Kept:
     """`left(scores, overlap)` are the scores after one with that IoU to all has been taken."""
     scores, _ = _scores(scores, valid)
-    _check_outputs(max_outputs)
+    check_count(1, max_outputs=max_outputs)
     count = scores.shape[0]
     if count == 0:
         return _nothing(max_outputs)
@@ -164,11 +164,6 @@ def _scores(scores: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.
     if valid is not None:
         alive &= valid
     return jnp.where(alive, scores, -jnp.inf), alive
-
-
-def _check_outputs(max_outputs: int) -> None:
-    if max_outputs < 1:
-        raise InputError(f"max_outputs={max_outputs} must be at least 1")
 
 
 def _nothing(count: int) -> Kept:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_between, check_count
 from cvjax.detection.assigners import Assignment
-from cvjax.errors import InputError
 
 
 class Samples(NamedTuple):
@@ -45,8 +45,8 @@ def sample(
     Raises:
         InputError: a count below 1, or a fraction outside.
     """
-    if count < 1 or not 0 <= fraction <= 1:
-        raise InputError(f"count={count} must be at least 1, fraction={fraction} in 0..1")
+    check_count(1, count=count)
+    check_between(0, 1, fraction=fraction)
     boxes, count = jnp.asarray(boxes, jnp.float32), min(count, boxes.shape[0])
     lot = jax.random.uniform(rng, boxes.shape[:1])
     counts = assignment.weight > 0

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_count
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, like, log_snr, perturb, split
 from cvjax.diffusion.samplers.integration import Denoise, begin, integrate, normal, time_steps
@@ -41,8 +42,7 @@ def repaint(
       InputError: repeats below 1, known images of whole numbers or not as many as keys, or a mask
         of another shape or dtype.
     """
-    if repeats < 1:
-        raise InputError(f"repaint: repeats is {repeats}; it must be at least 1")
+    check_count(1, repeats=repeats)
     fits = is_known.ndim <= known.ndim and all(
         side in (1, whole)
         for side, whole in zip(is_known.shape[::-1], known.shape[::-1], strict=False)

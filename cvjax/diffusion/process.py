@@ -20,7 +20,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError, check_choices, nearest
+from cvjax.checks import check_choices
+from cvjax.errors import InputError, nearest
 
 MARGIN = 1e-3
 

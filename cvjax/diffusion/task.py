@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
+from cvjax.checks import check_at_least
 from cvjax.data.ranges import check_labels, check_unit_images
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
 from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
-from cvjax.errors import InputError, check_at_least
+from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
 

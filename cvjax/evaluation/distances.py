@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
+from cvjax.checks import check_count
 from cvjax.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -62,8 +63,7 @@ def precision_recall_density_coverage(
     fake in them (M. Naeem et al., https://arxiv.org/abs/2002.09797, equations 3 and 4).
     Raises InputError unless each set has more than `neighbours` examples.
     """
-    if neighbours < 1:
-        raise InputError(f"neighbours is {neighbours}; it must be at least 1")
+    check_count(1, neighbours=neighbours)
     real, fake = _pair(real, fake, neighbours + 1)
     # Each example is its own neighbour 0.
     sorted_to = lambda part, x: np.partition(cdist(part, x), neighbours, axis=1)  # noqa: E731

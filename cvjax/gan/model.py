@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import InputError, check_at_least, check_choices
+from cvjax.checks import check_at_least, check_choices
+from cvjax.errors import InputError
 from cvjax.nn.unet import depth_to_space
 
 

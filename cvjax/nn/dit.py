@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least, check_choices
+from cvjax.checks import check_at_least, check_choices
+from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.convolution import patchify
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding

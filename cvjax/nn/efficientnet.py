@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
+from cvjax.checks import check_at_least, check_choices, check_fractions
+from cvjax.errors import InputError
 from cvjax.nn import inverted_residual
 from cvjax.nn.convolution import PADDINGS, convolution
 from cvjax.nn.inverted_residual import InvertedResidual, divisible

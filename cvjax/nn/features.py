@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import check_at_least
+from cvjax.checks import check_at_least
 from cvjax.nn.unet import space_to_depth
 
 

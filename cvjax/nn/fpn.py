@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least, check_choices, nearest
+from cvjax.checks import check_at_least, check_choices
+from cvjax.errors import InputError, nearest
 from cvjax.nn.convolution import convolution
 
 EXTRAS = ("pool", "backbone", "pyramid")

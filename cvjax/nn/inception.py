@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.errors import check_at_least, check_choices
+from cvjax.checks import check_at_least, check_choices
 
 Size = tuple[int, int]
 VARIANTS = ("fid", "torchvision")

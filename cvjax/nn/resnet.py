@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
+from cvjax.checks import check_at_least, check_choices, check_fractions
+from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
 from cvjax.nn.pooling import max_pool
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 from cvjax.nn.pooling import max_pool
 
 

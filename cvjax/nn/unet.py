@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 

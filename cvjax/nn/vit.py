@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.errors import InputError, check_at_least, check_choices, check_fractions
+from cvjax.checks import check_at_least, check_choices, check_fractions
+from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.bicubic import resize_bicubic
 from cvjax.nn.convolution import pad_to_multiple, patchify

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cvjax.errors import InputError, check_at_least
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 
 
 @dataclass

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from cvjax.data.transforms.settings import height_and_width
+from cvjax.checks import check_count, height_and_width
 from cvjax.errors import InputError
 
 
@@ -46,8 +46,7 @@ def sliding_window(
         raise InputError(f"image is {list(image.shape)}; it must be [height, width, channels]")
     if not 0 <= overlap < 1:
         raise InputError(f"overlap is {overlap}; it must be in [0, 1)")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    check_count(1, batch_size=batch_size)
     height, width = image.shape[:2]
     missing = [(0, max(0, one - side)) for one, side in zip(window, (height, width), strict=True)]
     image = np.pad(image, [*missing, (0, 0)], mode="edge")

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
+from cvjax.checks import check_choice, check_count
 from cvjax.data.loader import Loader
 from cvjax.errors import InputError
 from cvjax.train import sharding
@@ -117,10 +118,9 @@ def fit(
         steps=steps, log_every=log_every, evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every, keep=keep,
     ).items():  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if parallel not in ("jit", "pmap"):
-        raise InputError(f"parallel is {parallel!r}; it can be 'jit' or 'pmap'")
+        if value is not None:
+            check_count(1, **{name: value})
+    check_choice(("jit", "pmap"), parallel=parallel)
     _use_compilation_cache()
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)

@@ -12,6 +12,7 @@ import optax
 import optax.contrib
 from optax import GradientTransformation, Schedule
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import PyTree
 
@@ -52,17 +53,8 @@ class Optimizer:
     accumulate_how: str = "multi_steps"
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise InputError(f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
-        if self.accumulate_how not in ("multi_steps", "scan"):
-            raise InputError(
-                f"optimizer.accumulate_how is {self.accumulate_how!r}; it can be 'multi_steps' or "
-                "'scan'"
-            )
-        if self.warmup_steps < 0:
-            raise InputError(
-                f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative"
-            )
+        check_at_least(self, accumulate=1, warmup_steps=0)
+        check_choices(self, accumulate_how=("multi_steps", "scan"))
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
         if isinstance(self.learning_rate, int | float) and not self.learning_rate >= 0:

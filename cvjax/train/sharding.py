@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cvjax.checks import check_count
 from cvjax.errors import InputError
 from cvjax.train.state import PyTree, TrainState
 
@@ -43,8 +44,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError when a batch cannot be cut into equal pieces for the devices."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    check_count(1, batch_size=batch_size)
     if batch_size % mesh.size:
         fits = max(batch_size // mesh.size, 1) * mesh.size
         raise InputError(

@@ -331,10 +331,10 @@ def test_files_that_are_no_annotations(tmp_path, name):
 def test_settings_that_cannot_be(tmp_path):
     root = write_tiny(tmp_path)
     for options, message in (
-        ({"on_bad": "skp"}, "did you mean skip"),
-        ({"image_size": 0}, "size=0"),
-        ({"max_instances": 0}, "max_instances=0"),
-        ({"channels": 2}, "channels=2"),
+        ({"on_bad": "skp"}, "it can be .error. or .skip."),
+        ({"image_size": 0}, "size is 0"),
+        ({"max_instances": 0}, "max_instances is 0"),
+        ({"channels": 2}, "channels is 2"),
         ({"max_pixels": 20}, "more than max_pixels=20"),
     ):
         with pytest.raises(InputError, match=message):

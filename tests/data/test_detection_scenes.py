@@ -8,6 +8,7 @@ import pytest
 from cvjax.data.loader import Loader
 from cvjax.data.sources import detection_scenes
 from cvjax.data.sources.detection_scenes import DetectionScenes
+from cvjax.data.transforms import fields
 from cvjax.errors import InputError
 
 
@@ -73,6 +74,14 @@ def test_boxes_masks_and_points_say_the_same():
     assert hidden > 10 and touching > 40, "digits overlap"
 
 
+def test_in_a_mirror_the_left_end_is_still_the_left_one():
+    for index in range(5):
+        one = fields.flip(whole()[index])
+        points = one["keypoints"][one["box_valid"]]
+        top, bottom, left, right = points.transpose(1, 2, 0)
+        assert (top[1] < bottom[1]).all() and (left[0] < right[0]).all()
+
+
 def test_a_digit_in_front_takes_the_pixels_and_half_of_each_stays():
     back, front = np.zeros((2, 6, 6), bool)
     back[1:5, 1:3], front[3:6, 0:5] = True, True
@@ -90,13 +99,14 @@ def test_the_loader_stacks_them():
         "image": ("float32", (3, 128, 128, 3)), "boxes": ("float32", (3, 6, 4)),
         "box_label": ("int32", (3, 6)), "box_valid": ("bool", (3, 6)), "valid": ("bool", (3,)),
         "masks": ("bool", (3, 6, 128, 128)), "keypoints": ("float32", (3, 6, 4, 3)),
+        "keypoint_swap": ("int32", (3, 4)),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"split": "tset"}, "did you mean test"),
+        ({"split": "tset"}, "it can be .train. or .test."),
         ({"size": 63}, "size is 63; it must be at least 64"),
         ({"count": 0}, "count is 0"),
         ({"seed": -1}, "seed is -1"),

@@ -156,12 +156,12 @@ def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_example():
     "source, options, message",
     [
         (Counting(0), {}, "no examples"),
-        (Counting(9), {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        (Counting(9), {"batch_size": 0}, "batch_size is 0; it must be a whole number, at least 1"),
         (Counting(9), {"batch_size": 3, "process_count": 2}, "shared equally by 2"),
-        (Counting(9), {"process_index": 1}, "process_index=1"),
-        (Counting(9), {"last": "dorp"}, "did you mean drop"),
-        (Counting(9), {"epochs": 0}, "epochs=0"),
-        (Counting(9), {"retries": -1}, "retries=-1"),
+        (Counting(9), {"process_index": 1}, "process_index is 1"),
+        (Counting(9), {"last": "dorp"}, "it can be .drop. or .pad."),
+        (Counting(9), {"epochs": 0}, "epochs is 0"),
+        (Counting(9), {"retries": -1}, "retries is -1"),
         (Counting(1), {"epochs": 1}, "batch_size=2 is more than all 1 examples"),
     ],
 )

@@ -113,7 +113,7 @@ def test_the_loader_keeps_integers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"split": "tset"}, "did you mean test"),
+        ({"split": "tset"}, "it can be .train. or .test."),
         ({"fields": ("mask", "imgae")}, "did you mean image"),
         ({"size": 63}, "size is 63; it must be at least 64"),
         ({"count": 0}, "count is 0"),

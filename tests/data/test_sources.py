@@ -88,7 +88,7 @@ def test_digits_are_fixed_read_only_and_small_when_pickled():
     assert len(pickle.dumps(Digits())) < 200
     with pytest.raises(ValueError, match="read-only"):
         digits()[0]["image"][:] = 0
-    with pytest.raises(InputError, match="did you mean test"):
+    with pytest.raises(InputError, match="it can be .train. or .test."):
         Digits("tset")
     assert example_id(digits(), 3) == "3"
 

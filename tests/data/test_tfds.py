@@ -257,9 +257,9 @@ def test_boxes_are_scaled_counted_and_checked(objects_dir, caplog):
     assert [record.getMessage().splitlines()[0] for record in caplog.records] == [
         f"tiny_objects/bad (train): {count} are bad and left out:" for count in (1, 2)
     ]
-    with pytest.raises(InputError, match="on_bad='skp' does not exist"):
+    with pytest.raises(InputError, match="on_bad is 'skp'; it can be"):
         TfdsDetection("tiny_objects/bad", data_dir=objects_dir, on_bad="skp")
-    with pytest.raises(InputError, match="max_instances=0"):
+    with pytest.raises(InputError, match="max_instances is 0"):
         TfdsDetection("tiny_objects/coco", data_dir=objects_dir, max_instances=0)
 
 

@@ -79,8 +79,8 @@ def test_windows_anywhere_in_training_are_functions_of_their_index(folder):
 
 def test_what_cannot_be_used_is_one_line(folder, monkeypatch):
     for fields, message in (
-        ({"split": "tset"}, "did you mean test"), ({"window": 401}, "window=401"),
-        ({"window": 0}, "size=0"), ({"count": 0}, "at least 1"), ({"seed": -1}, "seed=-1"),
+        ({"split": "tset"}, "it can be .train. or .test."), ({"window": 401}, "window=401"),
+        ({"window": 0}, "size is 0"), ({"count": 0}, "at least 1"), ({"seed": -1}, "seed=-1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             Trees(path=folder, **fields)

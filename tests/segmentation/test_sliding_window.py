@@ -93,9 +93,9 @@ def test_one_program_serves_all_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"window": 0}, "window=0 must"),
-        ({"window": (4, 4, 4)}, "window="),
-        ({"window": 4.0}, "window=4.0 must"),
+        ({"window": 0}, "window is 0; it must"),
+        ({"window": (4, 4, 4)}, "window is "),
+        ({"window": 4.0}, "window is 4.0; it must"),
         ({"overlap": 1.0}, "overlap is 1.0"),
         ({"overlap": -0.1}, "overlap is"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageFilter
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.captions import encode
 from cvjax.data.sources import Example
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, check_at_least, nearest
+from cvjax.errors import InputError
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("a", "an", "small", "large", "bold", *NAMES, ",", "tilted", "left", "right")
@@ -50,8 +51,7 @@ class CaptionedDigits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in _SPLITS:
-            raise InputError(f"split={self.split!r} does not exist{nearest(self.split, _SPLITS)}")
+        check_choices(self, split=_SPLITS)
         check_at_least(self, count=1)
         if self.image_size < 1 or 28 % self.image_size:
             raise InputError(f"image_size={self.image_size} must divide 28")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cvjax.checks import Size
 from cvjax.data.sources import Example
 from cvjax.data.sources.coco_masks import Outline, draw_outline, is_numbers, read_outline, short
 from cvjax.data.sources.instances import (
@@ -19,7 +20,6 @@ from cvjax.data.sources.instances import (
     read_image,
     record,
 )
-from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError
 
 _MOST_AREA = 1e10  # what COCO's own evaluation takes for infinite

@@ -9,11 +9,11 @@ import dataclasses
 
 import numpy as np
 
+from cvjax.checks import Size, check_between, check_count, height_and_width
 from cvjax.data.sources import Example, Source, example_id
 from cvjax.data.sources.instances import LeftOut
 from cvjax.data.transforms import composing, geometry
 from cvjax.data.transforms.objects import padded, real_objects
-from cvjax.data.transforms.settings import Size, check_between, check_count, height_and_width
 from cvjax.errors import InputError
 
 

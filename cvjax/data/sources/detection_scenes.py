@@ -10,9 +10,9 @@ import dataclasses
 
 import numpy as np
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example, scenes
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, check_at_least, nearest
 
 _SPLITS = ("train", "test")
 _DIGITS = (1, 6)  # the fewest and the most that a scene is meant to have
@@ -39,7 +39,9 @@ class DetectionScenes:
       keypoints: float32 [n, 4, 3]: x, y in pixels and visibility of the top, bottom, left and right
         end of the whole stroke: centre of the outermost row (column) of pixels, middle one of those
         that are covered there. Visibility is 2 where that pixel is seen, 1 where a digit in front
-        hides it. Only with `keypoints`.
+        hides it. Only with `keypoints`, and then there is
+      keypoint_swap: int32 [4], left for right: what a mirror from left to right does to the names.
+        Upside down, or turned, the ends of a stroke have other names than these.
 
     Attributes:
         split: "train" or "test".
@@ -63,8 +65,7 @@ class DetectionScenes:
     keypoints: bool = False
 
     def __post_init__(self) -> None:
-        if self.split not in _SPLITS:
-            raise InputError(f"split={self.split!r} does not exist{nearest(self.split, _SPLITS)}")
+        check_choices(self, split=_SPLITS)
         check_at_least(self, count=1, size=64, seed=0, max_instances=_DIGITS[1])
 
     @property
@@ -120,7 +121,7 @@ class DetectionScenes:
         if self.masks:
             record["masks"] = masks
         if self.keypoints:
-            record["keypoints"] = points
+            record["keypoints"], record["keypoint_swap"] = points, np.array([0, 1, 3, 2], np.int32)
         return record
 
 

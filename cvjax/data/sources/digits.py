@@ -6,8 +6,9 @@ import functools
 import numpy as np
 from PIL import Image
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example, frozen
-from cvjax.errors import InputError, check_at_least, check_choices, nearest
+from cvjax.errors import InputError
 
 _SPLITS = ("train", "test")
 
@@ -35,7 +36,7 @@ class Digits:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        _check_split(self.split)
+        check_choices(self, split=_SPLITS)
         most = 400 if self.split == "train" else 100
         if self.per_class is not None and not 1 <= self.per_class <= most:
             raise InputError(f"per_class={self.per_class} must be in 1..{most}")
@@ -76,7 +77,7 @@ class ScikitDigits:
     split: str = "train"
 
     def __post_init__(self) -> None:
-        _check_split(self.split)
+        check_choices(self, split=_SPLITS)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -94,11 +95,6 @@ class ScikitDigits:
 def digits(split: str = "train") -> Digits:
     """Returns `Digits(split)`: the short form for a notebook."""
     return Digits(split)
-
-
-def _check_split(split: str) -> None:
-    if split not in _SPLITS:
-        raise InputError(f"split={split!r} does not exist{nearest(str(split), _SPLITS)}")
 
 
 # The arrays live here and not in the dataclasses, so that a pickled source is only its fields.

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
 from cvjax.data.sources.pictures import upright
-from cvjax.errors import InputError, check_at_least, check_choices
+from cvjax.errors import InputError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 

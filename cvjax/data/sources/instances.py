@@ -20,13 +20,13 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from cvjax.checks import Size, check_choice, check_count, height_and_width
 from cvjax.data.sources import Example
 from cvjax.data.sources.pictures import upright
 from cvjax.data.transforms import fields, geometry
-from cvjax.data.transforms.settings import Size, height_and_width
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError
 
 log = logging.getLogger("cvjax")
 
@@ -67,8 +67,7 @@ class Faults:
     """What is wrong with a set: an error at the first, or (`on_bad="skip"`) a list of all."""
 
     def __init__(self, on_bad: str):
-        if on_bad not in _ON_BAD:
-            raise InputError(f"on_bad={on_bad!r} does not exist{nearest(str(on_bad), _ON_BAD)}")
+        check_choice(_ON_BAD, on_bad=on_bad)
         self.on_bad = on_bad
         self.lines: list[str] = []
 
@@ -93,13 +92,10 @@ def check_settings(
     channels: int, image_size: Size | None, max_instances: int, max_pixels: int
 ) -> None:
     """Raises InputError for a number that makes no sense."""
-    if channels not in (1, 3):
-        raise InputError(f"channels={channels} must be 1 or 3")
+    check_choice((1, 3), channels=channels)
     if image_size is not None:
         height_and_width(image_size)
-    for name, value in (("max_instances", max_instances), ("max_pixels", max_pixels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}={value} must be a whole number, at least 1")
+    check_count(1, max_instances=max_instances, max_pixels=max_pixels)
 
 
 def check_box(box: Sequence[float], height: int, width: int, what: str) -> None:
@@ -134,6 +130,8 @@ def read_image(
                     f"max_pixels={max_pixels}"
                 )
             array = np.asarray(upright(image, channels))
+    except UnidentifiedImageError as error:
+        raise InputError(f"cannot decode {file}: it is no image") from error
     except Exception as error:
         raise InputError(f"cannot decode {file}: {error}") from error
     if size is not None and array.shape[:2] != size:

@@ -7,9 +7,10 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
 from cvjax.data.sources.pictures import upright
-from cvjax.errors import InputError, check_at_least, check_choices
+from cvjax.errors import InputError
 
 IGNORE = 255  # in a mask: a pixel without truth
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -11,9 +11,10 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
 from cvjax.data.sources.digits import Digits
-from cvjax.errors import InputError, check_at_least, nearest
+from cvjax.errors import InputError, nearest
 
 _SPLITS = ("train", "test")
 _FIELDS = ("image", "mask", "instance", "boxes", "present")
@@ -58,8 +59,7 @@ class Scenes:
     fields: tuple[str, ...] = ("image", "mask", "instance")
 
     def __post_init__(self) -> None:
-        if self.split not in _SPLITS:
-            raise InputError(f"split={self.split!r} does not exist{nearest(self.split, _SPLITS)}")
+        check_choices(self, split=_SPLITS)
         for field in self.fields:
             if field not in _FIELDS:
                 raise InputError(f"fields: a scene has no {field!r}{nearest(field, _FIELDS)}")

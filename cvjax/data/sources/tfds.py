@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from cvjax.checks import Size
 from cvjax.data.sources import Example
 from cvjax.data.sources.instances import Faults, LeftOut, check_box, check_settings, record
-from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError, nearest
 
 _FIELDS = {"crowd": "is_crowd", "ignore": "is_difficult", "area": "area"}

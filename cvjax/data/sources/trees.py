@@ -7,11 +7,12 @@ import pathlib
 
 import numpy as np
 
+from cvjax.checks import check_choices
 from cvjax.data.sources import Example
 from cvjax.data.sources.instances import LeftOut, check_settings, read_image, record
 from cvjax.data.sources.voc_xml import read_objects
 from cvjax.data.transforms import fields
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError
 
 # Two sites each, with 611 and 340 trees; 0.1 m are a pixel.
 _PHOTOGRAPHS = {
@@ -56,9 +57,7 @@ class Trees:
     class_names = ("tree",)
 
     def __post_init__(self) -> None:
-        if self.split not in _PHOTOGRAPHS:
-            choices = nearest(self.split, _PHOTOGRAPHS)
-            raise InputError(f"split={self.split!r} does not exist{choices}")
+        check_choices(self, split=_PHOTOGRAPHS)
         check_settings(3, self.window, self.max_instances, self.count)
         if self.window > 400 or self.seed < 0:
             raise InputError(

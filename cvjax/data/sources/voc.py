@@ -3,12 +3,12 @@
 import dataclasses
 import pathlib
 
+from cvjax.checks import Size
 from cvjax.data.archive import unpack_once
 from cvjax.data.sources import Example
 from cvjax.data.sources.instances import Faults, LeftOut, check_settings, read_image, record
 from cvjax.data.sources.masks import PairReader
 from cvjax.data.sources.voc_xml import read_objects
-from cvjax.data.transforms.settings import Size
 from cvjax.errors import InputError, nearest
 
 VOC_CLASSES = (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cvjax.data.transforms.settings import check_between, check_count, check_range
+from cvjax.checks import check_between, check_count, check_range
 from cvjax.errors import InputError
 
 
@@ -46,7 +46,7 @@ def random_crop(
     """
     check_count(0, padding=padding)
     if isinstance(fill, str) and fill != "reflect":
-        raise InputError(f"fill={fill!r} must be a number or 'reflect'")
+        raise InputError(f"fill is {fill!r}; it must be a number or 'reflect'")
     images = jnp.asarray(images)
     batch, height, width, _ = images.shape
     move = jax.random.randint(rng, (2, batch, 1), -padding, padding + 1)
@@ -89,7 +89,7 @@ def random_erasing(
     check_range(0, 1, scale=scale)
     check_range(1e-3, 1e3, ratio=ratio)
     if isinstance(fill, str) and fill != "noise":
-        raise InputError(f"fill={fill!r} must be a number or 'noise'")
+        raise InputError(f"fill is {fill!r}; it must be a number or 'noise'")
     batch, height, width, _ = images.shape
     keys = jax.random.split(rng, 6)
     attempts = (10, batch)

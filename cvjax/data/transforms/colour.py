@@ -9,9 +9,9 @@ that of a saturation, where it cuts twice, further than 2.
 import cv2
 import numpy as np
 
+from cvjax.checks import check_between, check_count
 from cvjax.data.sources import Example
 from cvjax.data.transforms import fields
-from cvjax.data.transforms.settings import check_between, check_count
 
 Image = np.ndarray
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cvjax.checks import Size, check_between, check_range, height_and_width
 from cvjax.data.sources import Example
 from cvjax.data.transforms import fields, geometry
 from cvjax.data.transforms.fields import Fill
 from cvjax.data.transforms.objects import names_of_objects, real_objects
-from cvjax.data.transforms.settings import Size, check_between, check_range, height_and_width
 from cvjax.errors import InputError
 
 

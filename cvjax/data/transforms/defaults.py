@@ -7,10 +7,10 @@ A name that ends in `_eval` draws nothing: it makes images of one size of a held
 
 import numpy as np
 
+from cvjax.checks import Size
 from cvjax.data.sources import Example
 from cvjax.data.transforms import colour, filters, geometry
 from cvjax.data.transforms.multi_crop import multi_crop
-from cvjax.data.transforms.settings import Size
 
 
 def classification(example: Example, rng: np.random.Generator, *, size: Size = 224) -> Example:

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
+from cvjax.checks import check_between, check_count, check_fill, check_range
 from cvjax.data.sources import Example
 from cvjax.data.transforms import fields
 from cvjax.data.transforms.fields import Fill
-from cvjax.data.transforms.settings import check_between, check_count, check_fill, check_range
 
 
 def cutout(

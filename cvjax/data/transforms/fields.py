@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from cvjax.checks import Size, check_choice, check_fill, height_and_width
 from cvjax.data.sources import Example
 from cvjax.data.transforms.objects import (
     check_objects,
@@ -22,7 +23,6 @@ from cvjax.data.transforms.objects import (
     padded,
     real_objects,
 )
-from cvjax.data.transforms.settings import Size, check_choice, check_fill, height_and_width
 from cvjax.errors import InputError
 
 IGNORED = 255  # the class of a pixel of `mask` that was not in the image

@@ -8,9 +8,9 @@ import math
 import cv2
 import numpy as np
 
+from cvjax.checks import check_between, check_range
 from cvjax.data.sources import Example
 from cvjax.data.transforms import fields
-from cvjax.data.transforms.settings import check_between, check_range
 
 # Pillow's SMOOTH, which torchvision uses too.
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13

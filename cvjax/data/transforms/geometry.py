@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cvjax.data.sources import Example
-from cvjax.data.transforms import fields
-from cvjax.data.transforms.fields import Fill
-from cvjax.data.transforms.settings import (
+from cvjax.checks import (
     Size,
     check_between,
     check_count,
     check_range,
     height_and_width,
 )
+from cvjax.data.sources import Example
+from cvjax.data.transforms import fields
+from cvjax.data.transforms.fields import Fill
 from cvjax.errors import InputError
 
 

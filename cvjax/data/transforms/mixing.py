@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_between
 from cvjax.data.transforms.batched import rectangles
-from cvjax.data.transforms.settings import check_between
 from cvjax.errors import InputError
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cvjax.checks import check_count
 from cvjax.data.sources import Example
 from cvjax.data.transforms import Transform, fields
 from cvjax.data.transforms.objects import names_of_objects
-from cvjax.data.transforms.settings import check_count
 from cvjax.errors import InputError, nearest
 
 

@@ -8,11 +8,11 @@ import math
 
 import numpy as np
 
+from cvjax.checks import check_between, check_count
 from cvjax.data.sources import Example
 from cvjax.data.transforms import colour, fields, filters
 from cvjax.data.transforms.fields import Fill
 from cvjax.data.transforms.geometry import affine_matrix
-from cvjax.data.transforms.settings import check_between, check_count
 from cvjax.errors import InputError
 
 Space = dict[str, np.ndarray]  # the strengths of each operation, from weakest to strongest

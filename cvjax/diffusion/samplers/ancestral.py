@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_between
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, like, log_snr, perturb, split
 from cvjax.diffusion.samplers.integration import (
@@ -13,7 +14,6 @@ from cvjax.diffusion.samplers.integration import (
     normal,
     time_steps,
 )
-from cvjax.errors import InputError
 
 
 def ddim(
@@ -33,8 +33,7 @@ def ddim(
     ancestral sampling as in DDPM. Their variance (equation 16), written for any process, is that
     of p(x_s | x_t, x_0): sigma_s^2 (1 - alpha_t^2 sigma_s^2 / (alpha_s^2 sigma_t^2)).
     """
-    if not 0 <= eta <= 1:
-        raise InputError(f"ddim: eta is {eta}; it must be in [0, 1]")
+    check_between(0, 1, eta=eta)
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         mean, std = posterior(denoise, process, x, t, s, eta)

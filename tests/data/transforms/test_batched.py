@@ -202,14 +202,14 @@ def test_flips_crops_and_covers_do_what_they_say():
 @pytest.mark.parametrize(
     "transform, message",
     [
-        (partial(batched.random_flip, p=-1), "p=-1"),
-        (partial(batched.random_crop, padding=-1), "padding=-1"),
-        (partial(batched.random_crop, fill="mirror"), "fill='mirror'"),
-        (partial(batched.random_erasing, fill="zero"), "fill='zero'"),
+        (partial(batched.random_flip, p=-1), "p is -1"),
+        (partial(batched.random_crop, padding=-1), "padding is -1"),
+        (partial(batched.random_crop, fill="mirror"), "fill is 'mirror'"),
+        (partial(batched.random_erasing, fill="zero"), "fill is 'zero'"),
         (partial(batched.random_erasing, scale=(0.5, 0.1)), "smaller number"),
-        (partial(mixing.mixup, alpha=0), "alpha=0"),
-        (partial(mixing.cutmix, alpha=-1), "alpha=-1"),
-        (partial(mixing.mixup_or_cutmix, p_cutmix=3), "p_cutmix=3"),
+        (partial(mixing.mixup, alpha=0), "alpha is 0"),
+        (partial(mixing.cutmix, alpha=-1), "alpha is -1"),
+        (partial(mixing.mixup_or_cutmix, p_cutmix=3), "p_cutmix is 3"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(transform, message):

@@ -196,8 +196,8 @@ def test_with_p_0_each_record_is_only_scaled_and_cut():
     np.testing.assert_array_equal(record["image"], expected["image"])
     np.testing.assert_array_equal(record["boxes"], expected["boxes"])
     for fields, message in (
-        ({"size": 0}, "size=0"), ({"p": 2}, "p=2"), ({"variants": 0}, "variants=0"),
-        ({"seed": -1}, "seed=-1"), ({"max_instances": 0}, "max_instances=0"),
+        ({"size": 0}, "size is 0"), ({"p": 2}, "p is 2"), ({"variants": 0}, "variants is 0"),
+        ({"seed": -1}, "seed is -1"), ({"max_instances": 0}, "max_instances is 0"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             Mosaic(scenes, **fields)

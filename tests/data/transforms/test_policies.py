@@ -157,5 +157,5 @@ def test_a_config_names_transforms_and_their_settings():
         build(config)
     wrong = build(dict(type="data.transforms.geometry.random_affine", degrees=-1))
     source = Arrays({"image": np.zeros((2, 4, 4, 3), np.uint8)})
-    with pytest.raises(InputError, match="degrees=-1 must be"):
+    with pytest.raises(InputError, match="degrees is -1; it must be"):
         next(Loader(source, 2, transforms=(wrong,)).iterate())

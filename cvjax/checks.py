@@ -1,0 +1,98 @@
+"""Checks of what a person sets: each raises an InputError of one line, `name is value; it must be`.
+
+Arguments of functions are given by name with their value, `check_count(1, copies=copies)`; fields
+of an object by their names alone, `check_at_least(self, copies=1)`: the line names its class.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from cvjax.errors import InputError
+
+_WHOLE, _NUMBER = (int, np.integer), (int, float, np.integer, np.floating)
+Size = int | Sequence[int]  # the side of a square, or (height, width)
+
+
+def check_between(low: float, high: float, **settings: float) -> None:
+    """Raises InputError unless each setting is a number with low <= setting <= high."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, _NUMBER):
+            raise InputError(f"{name} is {value!r}; it must be a number")
+        if not low <= value <= high:
+            raise InputError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
+
+
+def check_count(least: int, **settings: int) -> None:
+    """Raises InputError unless each setting is a whole number that is at least so large."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, _WHOLE) or value < least:
+            raise InputError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+
+
+def check_range(low: float, high: float, **settings: Sequence[float]) -> None:
+    """Raises InputError unless each setting is a pair with low <= first <= second <= high."""
+    for name, value in settings.items():
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+            raise InputError(f"{name} is {value!r}; it must be two numbers, the least and the most")
+        check_between(low, high, **{f"{name}[0]": value[0], f"{name}[1]": value[1]})
+        if value[0] > value[1]:
+            raise InputError(f"{name} is {value}; it must begin with the smaller number")
+
+
+def check_choice(choices: Collection, **settings: object) -> None:
+    """Raises InputError unless each setting is one of the choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            *first, last = map(repr, choices)
+            raise InputError(f"{name} is {value!r}; it can be {', '.join(first)} or {last}")
+
+
+def check_fill(channels: int, fill: object) -> None:
+    """Raises InputError unless `fill` is a value from 0 to 255, or one for each channel."""
+    values = fill if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
+    is_level = [isinstance(v, _NUMBER) and 0 <= v <= 255 for v in values]
+    if not all(is_level) or len(values) not in (1, channels):
+        raise InputError(f"fill is {fill!r}; it must be in [0, 255], or {channels} such values")
+
+
+def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
+    """Returns (height, width), for one number that of a square; raises InputError."""
+    pair = tuple(size) if isinstance(size, Sequence | np.ndarray) else (size, size)
+    if len(pair) != 2 or any(not isinstance(side, _WHOLE) or side < 1 for side in pair):
+        raise InputError(
+            f"{name} is {size!r}; it must be a number of pixels, at least 1, or two of them"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def check_choices(owner: object, **choices: Collection) -> None:
+    """Raises InputError unless each field of `owner` that is named is one of its `choices`."""
+    for field, known in choices.items():
+        check_choice(known, **{_named(owner, field): getattr(owner, field)})
+
+
+def check_fractions(owner: object, *fields: str) -> None:
+    """Raises InputError unless each of these fields of `owner` is a number in [0, 1]."""
+    for field in fields:
+        check_between(0, 1, **{_named(owner, field): getattr(owner, field)})
+
+
+def check_at_least(owner: object, **least: float) -> None:
+    """Raises InputError for a field of `owner` that is below its `least`, or not a number.
+
+    None is passed over. Of a tuple, which cannot be empty, each number counts.
+    """
+    for field, bound in least.items():
+        value = getattr(owner, field)
+        several = isinstance(value, tuple | list)
+        numbers = value if several else (value,)
+        if value is not None and not (numbers and all(number >= bound for number in numbers)):
+            raise InputError(
+                f"{_named(owner, field)} is {value!r}; {'each' if several else 'it'} must be at "
+                f"least {bound}"
+            )
+
+
+def _named(owner: object, field: str) -> str:
+    return f"{type(owner).__name__}: {field}"
