@@ -50,7 +50,7 @@ def max_iou(
         InputError: `background` is above `foreground`.
     """
     if background > foreground:
-        raise InputError(f"background={background} must be at most foreground={foreground}")
+        raise InputError(f"background is {background}; it must be at most foreground={foreground}")
     if boxes.shape[0] == 0:
         return _nobody(anchors.shape[0])
     boxes = _truth(boxes, valid)
@@ -103,7 +103,8 @@ def atss(
     spread = jnp.sqrt(jnp.sum((ious - ious.mean(-1, keepdims=True)) ** 2, -1) / max(
         ious.shape[-1] - 1, 1
     ))  # fmt: skip
-    threshold = ious.mean(-1) + spread
+    # Less what rounding adds: where all IoUs are equal, all of them are the threshold.
+    threshold = (ious.mean(-1) + spread) * (1 - 1e-5)
     rows = jnp.arange(boxes.shape[0])[:, None]
     is_near = jnp.zeros(overlap.shape, bool).at[rows, near].set(True)
     inside = jnp.min(encode_distances(boxes[:, None], centres), -1) > 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cvjax import draw
+from cvjax.checks import check_count
 from cvjax.detection.overlap import box_area, box_overlap, keypoint_similarity, mask_overlap
 from cvjax.errors import InputError
 
@@ -78,7 +79,7 @@ class CocoEvaluator:
             keep, real = _real(outputs["detected"], row), _real(batch["box_valid"], row)
             found = {
                 name: np.asarray(outputs[name])[row][keep]
-                for name in ("scores", "labels", "boxes", *self.parts)
+                for name in ("scores", "labels", *self.parts)
             }
             names = ("box_label", "boxes", *self.parts, "masks", "crowd", "ignore", "area")
             truth = {name: np.asarray(batch[name])[row][real] for name in names if name in batch}
@@ -365,8 +366,7 @@ def _names(num_classes: int, names: Sequence[str] | None) -> list[str]:
 
 
 def _check_classes(num_classes: int, names: Sequence[str] | None) -> None:
-    if num_classes < 1:
-        raise InputError(f"num_classes={num_classes} must be at least 1")
+    check_count(1, num_classes=num_classes)
     if names and len(names) < num_classes:
         raise InputError(f"{len(names)} class_names are fewer than num_classes={num_classes}")
 

@@ -65,12 +65,13 @@ def roi_align(
         raise InputError(f"strides={tuple(strides)}: there are {len(features)} levels of features")
     if min(*output_size, 1 if samples is None else samples, max_samples) < 1:
         raise InputError(
-            f"output_size={output_size}, samples={samples}, max_samples={max_samples} must all be "
-            "at least 1"
+            f"output_size is {output_size}, samples {samples}, max_samples {max_samples}; each "
+            "must be at least 1"
         )
     batch, count = boxes.shape[:2]
     channels, dtype = features[0].shape[-1], features[0].dtype
-    table = jnp.concatenate([level.reshape(-1, channels) for level in features])
+    # Always float32, for the gradient of a cell is a sum over thousands of bins.
+    table = jnp.concatenate([level.reshape(-1, channels).astype(jnp.float32) for level in features])
     heights = jnp.array([level.shape[1] for level in features])
     widths = jnp.array([level.shape[2] for level in features])
     sizes = [level.shape[0] * level.shape[1] * level.shape[2] for level in features]
@@ -119,7 +120,7 @@ def _corners(
     used = jnp.float32(samples) if samples else jnp.clip(jnp.ceil(step), 0.0, max_samples)
     slot = jnp.arange(slots)
     divisor = jnp.maximum(used, 1.0)
-    place = start + step * jnp.arange(bins)[:, None] + (slot + 0.5) * step / divisor
+    place = start + step * jnp.arange(bins)[:, None] + (slot + 0.5) * (step / divisor)
     counts = (slot < used) & (place >= -1) & (place <= size)
     place = jnp.clip(jnp.where(counts, place, 0.0), 0.0, size - 1.0)
     low = jnp.floor(place).astype(jnp.int32)

@@ -71,7 +71,7 @@ class Detection:
         """
         self._check_fields(batch)
         check_channels(batch, mean=self.mean, std=self.std)
-        real = np.asarray(batch["box_valid"]) & np.asarray(batch["valid"])[:, None]
+        real = np.asarray(batch["box_valid"], bool) & np.asarray(batch["valid"], bool)[:, None]
         check_labels(np.asarray(batch["box_label"])[real], _num_classes(self.model), "box_label")
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:

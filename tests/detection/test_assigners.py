@@ -147,6 +147,18 @@ def test_atss(seed):
     np.testing.assert_array_equal(out.index, index)
 
 
+def test_atss_with_equal_overlaps_has_all_of_them():
+    """The threshold is then what all of them have, but for the rounding of the mean."""
+    anchors = grid_anchors(16, 16, 8, (8,), offset=0.5, rounded=False)
+    assign = jax.jit(lambda box: assigners.atss(anchors, box, np.ones(1, bool), (len(anchors),)))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        corner, side = rng.uniform(0, 60, 2), rng.uniform(40, 60)
+        box = np.float32([[*corner, *(corner + side)]])
+        count = assign(box).foreground.sum()
+        assert count == 9, (box, count)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_fcos(seed):
     box, label, valid = truth(seed)

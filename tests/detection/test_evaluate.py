@@ -323,6 +323,9 @@ def test_flags_may_be_numbers_and_what_is_missing_is_named():
         ]
         with pytest.raises(InputError, match=f"parts has 'masks', but {message}"):
             CocoEvaluator(3, ("masks",)).add(*given)
+    other = CocoEvaluator(3, ("masks",))
+    other.add({name: value for name, value in outputs.items() if name != "boxes"}, batch)
+    assert other.result()["mask_AP"] > 0
 
 
 def one_image(truth, found, scores, **more):

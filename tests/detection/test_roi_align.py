@@ -147,6 +147,31 @@ def test_all_levels_in_one_pass_are_each_level_by_itself():
         np.testing.assert_allclose(np.asarray(whole)[here], np.asarray(alone)[here], atol=1e-6)
 
 
+def test_the_gradient_of_bfloat16_adds_in_float32():
+    """Where many boxes overlap, a sum in bfloat16 would stop when its addends are half an ulp."""
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(1, 8, 8, 4)).astype(jnp.bfloat16)
+    box = np.tile(np.float32([0, 0, 8, 8]), (1, 512, 1)) + rng.uniform(0, 1, (1, 512, 4))
+
+    @jax.jit
+    def gradient(x):
+        bins = lambda x: roi_align([x], box, strides=(1,), output_size=(7, 7))  # noqa: E731
+        return jax.grad(lambda x: bins(x).astype(jnp.float32).sum())(x).astype(jnp.float32)
+
+    # One rounding to bfloat16 at the end: 2^-8 at most.
+    expected = gradient(features.astype(jnp.float32))
+    np.testing.assert_allclose(gradient(features), expected, rtol=2**-8)
+
+
+def test_a_sample_on_the_border_counts():
+    """At -1 and at the size of the map, to which (slot + 0.5) * step / count is exact here."""
+    box = np.float32([[[-4, -4, 56, 72]]])
+    settings = dict(strides=(4.0,), output_size=(2, 1), samples=None, max_samples=64)
+    out = roi_align([jnp.ones((1, 17, 13, 1))], box, **settings)
+    expected = slow(np.ones((17, 13, 1)), box[0, 0], 4.0, (2, 1), None, True)
+    np.testing.assert_allclose(out[0, 0], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("samples", [2, None])
 def test_a_thousand_boxes_fit_into_memory(samples):
     shapes = [(1, 160 // s, 200 // s, 256) for s in (1, 2, 4, 8)]

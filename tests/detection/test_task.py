@@ -277,6 +277,7 @@ def test_a_label_that_is_no_class_is_not_passed_over():
         assert np.isnan(measure(wrong)["loss"].total)
         hidden = {**wrong, "box_valid": labels != label}
         task.check(hidden)
+        task.check({**wrong, "box_valid": (labels != label).astype(int)})
         assert np.isfinite(measure(hidden)["loss"].total)
 
 
