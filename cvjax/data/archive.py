@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import lzma
 import os
 import pathlib
 import re
@@ -93,12 +94,17 @@ def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
             file.fileobj.seek(file.offset)
             if file.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise EOFError("it is cut off")
+            while file.fileobj.read(2**20):  # to the end, where a compressed file has its checksum
+                pass
         marker = {"archive": archive.name, "bytes": archive.stat().st_size}
         (new / MARKER).write_text(json.dumps(marker) + "\n")
         os.rename(new, folder)
     except tarfile.FilterError as error:
         raise InputError(f"{archive} is refused: {error}") from error
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise InputError(f"{archive} cannot be unpacked: {error or 'it is damaged'}") from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; without a number it is of gzip or bzip2, about their data
+        said = str(error).splitlines() or ["it is damaged"]
+        raise InputError(f"{archive} cannot be unpacked: {said[0].rstrip(':')}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

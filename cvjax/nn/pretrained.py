@@ -137,7 +137,7 @@ def load_variables(
         )
     taken = set(names.values())
     values = {ours: arrays[theirs] for ours, theirs in names.items()}
-    _split_positions(values, targets)
+    made = _split_positions(values, targets)
 
     rows, loaded = [], {}
     for ours, leaf in targets.items():
@@ -145,6 +145,7 @@ def load_variables(
         if ours in values:
             foreign = source != OWN
             value, status = _fitted(values[ours], tuple(leaf.shape), ours, foreign)
+            status = made.get(ours, status)
             if value is not None:
                 value = np.asarray(value, leaf.dtype)
                 loaded[ours] = jax.device_put(value, getattr(leaf, "sharding", None))
@@ -258,29 +259,34 @@ def _fitted(
     return None, f"shape differs: {list(there)} in the file"
 
 
-def _split_positions(values: dict[str, np.ndarray], targets: Mapping[str, jax.Array]) -> None:
+def _split_positions(
+    values: dict[str, np.ndarray], targets: Mapping[str, jax.Array]
+) -> dict[str, str]:
     """Torch's [1, tokens, c] as our grid [h, w, c] and the position of the class token, [c].
 
-    Without a position of its own the class token is given zeros.
+    Without a position of its own the class token is given zeros; then its status is returned.
     """
     name = "params/position"
     if name not in values or values[name].ndim != 3 or len(values[name]) != 1:
-        return
+        return {}
     tokens = values[name][0]
     if not len(tokens) or len(targets[name].shape) != 3:
-        return
+        return {}
     height, width, channels = targets[name].shape
     # As many patches as ours, or else a square of them; with or without the class token before.
     candidates = [(first, height, width) for first in (0, 1)]
     candidates += [(first, *[math.isqrt(len(tokens) - first)] * 2) for first in (0, 1)]
     fitting = [(f, h, w) for f, h, w in candidates if f + h * w == len(tokens)]
     if not fitting:
-        return
+        return {}
     first, height, width = fitting[0]
     values[name] = tokens[first:].reshape(height, width, -1)
     if "params/class_position" in targets:
         zeros = np.zeros(channels, tokens.dtype)
         values["params/class_position"] = tokens[0] if first else zeros
+        if not first:
+            return {"params/class_position": "loaded: zeros, for the file has none"}
+    return {}
 
 
 def _at(tree: Mapping[str, PyTree], path: tuple[str, ...], at: str) -> PyTree:

@@ -4,9 +4,11 @@ import io
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from cvjax.data import archive
 from cvjax.data.archive import unpack_once
 from cvjax.data.loader import Loader
 from cvjax.data.sources import example_id
-from cvjax.data.sources.masks import Masks
+from cvjax.data.sources.masks import Masks, PairReader
 from cvjax.data.sources.voc import VOC_CLASSES, VocSegmentation
 from cvjax.errors import InputError
 
@@ -270,6 +272,22 @@ def entry(name, content=b"x", **fields):
     return info, io.BytesIO(content)
 
 
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_damaged_archive_is_not_taken_for_a_whole_one(tmp_path, kind):
+    """The checksum comes last, behind what tarfile reads."""
+    path, content = tmp_path / f"VOC.tar.{kind}", np.random.default_rng(0).bytes(50_000)
+    with tarfile.open(path, f"w:{kind}") as file:
+        file.addfile(*entry("VOC/file", content))
+    whole = path.read_bytes()
+    for place in (1, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 6):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=f"VOC.tar.{kind} cannot be unpacked") as caught:
+            unpack_once(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert (unpack_once(path) / "VOC/file").read_bytes() == content
+
+
 HOSTILE = {
     "above": [entry("../evil")],
     "far above": [entry("a/../../evil")],
@@ -371,6 +389,24 @@ def test_masks_of_two_and_of_many_levels(tmp_path):
         ValueError, match=r"b.png: a mask has classes in 0..255, but this has .*256"
     ):
         source[1]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_of_few_bits_has_the_numbers_that_were_put_in(tmp_path, bits):
+    """Which Pillow spreads over 0..255 when it reads them; it cannot write such files."""
+    numbers = (np.arange(32) % 2**bits).reshape(2, 16).astype(np.uint8)
+    planes = np.unpackbits(numbers[..., None], axis=-1)[..., -bits:].reshape(2, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in planes)
+    header = struct.pack(">IIBBBBB", 16, 2, bits, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (*chunks, (b"IEND", b""))
+    )
+    (tmp_path / "mask.png").write_bytes(content)
+    Image.new("RGB", (16, 2)).save(tmp_path / "image.png")
+    found = PairReader().read(tmp_path / "image.png", tmp_path / "mask.png")["mask"]
+    np.testing.assert_array_equal(found, numbers)
 
 
 def test_a_photograph_is_turned_upright_before_it_meets_its_mask(tmp_path):

@@ -176,7 +176,9 @@ def _classes(mask: Image.Image) -> Image.Image:
     """A mask's numbers, as a picture of 8 bits."""
     if mask.mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(f"a mask has palette indices or grey levels, but this is {mask.mode}")
-    numbers = np.asarray(mask)
+    # Grey of 2 or 4 bits is spread over 0..255 when it is read; its numbers are the classes.
+    spread = {"L;2": 85, "L;4": 17}.get(mask.tile[0].args if mask.tile else None, 1)
+    numbers = np.asarray(mask) // spread
     if numbers.max() > 255 or numbers.min() < 0:
         raise ValueError(
             f"a mask has classes in 0..255, but this has {numbers.min()}..{numbers.max()}"
