@@ -16,6 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
+from cvjax.data.ranges import check_unit
+
 Series = tuple[ArrayLike, ArrayLike]
 
 # Ten colours that are easy to tell apart (matplotlib's tab10), in [0, 1].
@@ -42,7 +44,7 @@ def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | 
     """
     if not isinstance(images, jax.core.Tracer):
         images = np.asarray(images)
-        _check_range(images)
+        check_unit(images)
     xp = np if isinstance(images, np.ndarray) else jnp
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[-1] not in (1, 3):
         raise ValueError(
@@ -120,7 +122,7 @@ def _colored(image: ArrayLike) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise ValueError(f"the image has shape {image.shape}; it must be [height, width, 1 or 3]")
-    _check_range(image)
+    check_unit(image)
     return np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
 
 
@@ -222,7 +224,7 @@ def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
     image = np.asarray(image)
     if image.ndim != 3 or 0 in image.shape or image.shape[-1] not in (1, 3):
         raise ValueError(f"the image has shape {image.shape}; it must be [height, width, 1 or 3]")
-    _check_range(image)
+    check_unit(image)
     pixels = np.round(255 * image.astype(np.float32)).astype(np.uint8)
     pixels = pixels[..., 0] if image.shape[-1] == 1 else pixels
     _replace(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
@@ -314,15 +316,6 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
     count = np.convolve(finite, window, mode="same")
     total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _check_range(images: np.ndarray) -> None:
-    """A rounding error outside [0, 1] passes; 0..255 and -1..1 do not."""
-    if not np.issubdtype(images.dtype, np.number) or np.issubdtype(images.dtype, np.integer):
-        raise ValueError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
-    low, high = (np.min(images), np.max(images)) if images.size else (0, 1)
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
 
 
 def _replace(path: str | os.PathLike, write: Callable[[Path], None]) -> None:

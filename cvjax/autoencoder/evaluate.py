@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.checks import check_at_least
+from cvjax.data.ranges import check_unit
 from cvjax.errors import InputError
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
     """-10 log10 of the mean squared error of each pair [b, h, w, c] in [0, 1]; dB, [b].
 
-    An error below 1e-10 counts as that, so that equal images have 100 dB.
+    An error below 1e-10 counts as that, so that equal images have 100 dB. Raises InputError for
+    images that are no floats or, outside of jit, not in [0, 1].
     """
+    check_unit(a)
+    check_unit(b)
     return jnp.minimum(dm_pix.psnr(a, b), 100.0)
 
 
@@ -25,8 +29,10 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Z. Wang et al., IEEE Transactions on Image Processing 13(4), 2004; windows of 11 x 11 pixels,
     or as large as a smaller image allows. The variances are sums of differences: what lies outside
-    by rounding is put to the bound.
+    by rounding is put to the bound. Raises InputError as `psnr` does.
     """
+    check_unit(a)
+    check_unit(b)
     size = min(11, *a.shape[1:3])
     return jnp.minimum(dm_pix.ssim(a, b, filter_size=size), 1.0)
 

@@ -17,7 +17,7 @@ from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.vit import Block, ViT
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, batch_key, mean
+from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
 
 
 class PatchDecoder(nn.Module):
@@ -123,7 +123,7 @@ class MaskedAutoencoder:
         `latent` [b, width] is the mean over the patches of the whole image, encoded unmasked.
         """
         image = images_of(batch)
-        _, told, is_seen = self._error(params, batch, batch_key(rng, batch))
+        _, told, is_seen = self._error(params, batch, rng)
         patch = self.encoder.patch
         pixels = patches_of(image, patch)
         told = jnp.where(is_seen[..., None], pixels, told)
@@ -145,16 +145,18 @@ class MaskedAutoencoder:
         rows = [x[:10] for x in (images_of(batch), found["seen"], found["reconstruction"])]
         return {"reconstructions": draw.grid(jnp.concatenate(rows), len(rows[0]))}
 
-    def split(self, rng: jax.Array, image: jax.Array) -> tuple[jax.Array, int]:
+    def split(
+        self, rng: jax.Array, image: jax.Array, first: jax.Array | int = 0
+    ) -> tuple[jax.Array, int]:
         """A random order of the patches of each image, int32 [b, n], and how many are seen.
 
-        The first so many of the order are seen; a key for each row of the batch.
+        The first so many of the order are seen; that of row i comes from `fold_in(rng, first + i)`.
         """
         count = patches_of(image, self.encoder.patch).shape[1]
         if count < 2:
             raise InputError("a masked autoencoder needs at least 2 patches; make `patch` smaller")
         seen = min(max(round(count * (1 - self.masked)), 1), count - 1)
-        keys = jax.random.split(rng, len(image))
+        keys = example_keys(rng, len(image), first)
         order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys)
         return order.astype(jnp.int32), seen
 
@@ -164,7 +166,7 @@ class MaskedAutoencoder:
         """Error of the unseen patches [b], the pixels told [b, n, d], and what is seen [b, n]."""
         mask_rng, dropout_rng = jax.random.split(rng)
         image = images_of(batch)
-        order, seen = self.split(mask_rng, image)
+        order, seen = self.split(mask_rng, image, first_row(batch))
         latent = self.encoder.apply(
             {"params": params["model"]["encoder"]}, _scaled(image), keep=order[:, :seen],
             train=train, method=ViT.encode, rngs={"dropout": dropout_rng},

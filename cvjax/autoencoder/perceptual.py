@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.checks import check_choices
+from cvjax.data.ranges import check_unit
 from cvjax.errors import InputError
 from cvjax.nn.pickled_arrays import read_arrays
 from cvjax.train.restore import load_params
@@ -99,7 +100,9 @@ class RunFeatures:
     std: float = 0.5
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Returns float32 [b] of images [b, h, w, c] in [0, 1]."""
+        """Returns float32 [b] of images [b, h, w, c] in [0, 1]; InputError as of `check_unit`."""
+        check_unit(a)
+        check_unit(b)
         variables = _run_variables(self.model, self.path, a.shape[1:])
         both = (jnp.concatenate([a, b]) - self.mean) / self.std
         maps = self.model.apply(variables, both, method="features")
@@ -135,6 +138,7 @@ def _colored(image: jax.Array) -> jax.Array:
     """Images in [0, 1] as the networks want them."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3):
         raise InputError(f"LPIPS: images are {image.shape}; they must be [b, h, w, 1 or 3]")
+    check_unit(image)
     image = jnp.broadcast_to(image, (*image.shape[:3], 3))
     return (2 * image - 1 - jnp.array(MEAN)) / jnp.array(STD)
 

@@ -131,6 +131,11 @@ class FiniteScalarQuantizer(nn.Module):
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
         check_at_least(self, levels=2)
+        if self.size > 2**31:
+            raise InputError(
+                f"FiniteScalarQuantizer: levels {self.levels} make {self.size} codes; an index has "
+                "31 bits"
+            )
         super().__post_init__()
 
     @property

@@ -20,7 +20,7 @@ from cvjax.checks import check_at_least
 from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
-from cvjax.train.task import Batch, Metrics, Objective, batch_key, example_keys, first_row, mean
+from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Autoencoder:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns latents, reconstructions in [0, 1] and, with a bottleneck, indices of codes."""
-        image = self._seen(images_of(batch), batch_key(rng, batch))
+        image = self._seen(images_of(batch), rng, first_row(batch))
         variables = {"params": params["model"], **model_state}
         found, code = self.network.apply(variables, image, batch["valid"])
         outputs = {"latent": code.z, "reconstruction": jnp.clip(found, 0.0, 1.0)}
@@ -326,8 +326,12 @@ class Autoencoder:
             "interpolations": draw.grid(jnp.clip(walk, 0.0, 1.0), 10),
         }
 
-    def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
-        return image if self.corrupt is None else self.corrupt(image, rng)
+    def _seen(self, image: jax.Array, rng: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+        """The images as the encoder gets them: what is done to each, its own key decides."""
+        if self.corrupt is None:
+            return image
+        keys = example_keys(rng, len(image), first)
+        return jax.vmap(lambda one, key: self.corrupt(one[None], key)[0])(image, keys)
 
     def of_codes(self, code: Quantized, valid: jax.Array) -> Metrics:
         """The perplexity of a batch's codes and the bottleneck's loss, where there is one."""

@@ -112,11 +112,15 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     """Spherical interpolation of noises [b, ...]: a for weight 0, b for 1; weight is [] or [b].
 
     K. Shoemake, Animating Rotation with Quaternion Curves (1985). Between independent noises the
-    result has the length that noise has, where a straight line would be shorter.
+    result has the length that noise has, where a straight line would be shorter. That is what is
+    taken where there is no angle, for one of them is zero. Between a and -a there is no one way:
+    the result is not finite, or as short as rounding makes it.
     """
     axes = tuple(range(1, a.ndim))
     norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))  # noqa: E731
-    cosine = jnp.sum(a * b, axis=axes, keepdims=True) / (norm(a) * norm(b))
+    lengths = norm(a) * norm(b)
+    cosine = jnp.sum(a * b, axis=axes, keepdims=True) / jnp.where(lengths > 0, lengths, 1.0)
+    cosine = jnp.where(lengths > 0, cosine, 1.0)
     angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
     weight = like(jnp.broadcast_to(jnp.asarray(weight, a.dtype), (len(a),)), a)
     # sinc keeps its precision where the angle is 0 and both weights are those of a straight line.

@@ -1,6 +1,5 @@
 """Diffusion: a network learns to take noise away, and noise becomes images."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, exampl
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, first_row, mean
-
-log = logging.getLogger("cvjax")
 
 
 @dataclass(frozen=True)
@@ -100,32 +97,37 @@ class Diffusion:
         """Raises InputError unless a batch on the host has images in [0, 1] and labels of classes.
 
         And if the sampler does not fit the process: else a run would tell that at its first sample.
-        Logs how many evaluations of the network an image takes.
         """
         check_unit_images(batch)
         if self.num_classes and "label" in batch:
             check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
         shape = tuple(self.image_shape)
-        answer = lambda x, t: jnp.zeros((*x.shape[:-1], self._sampled_channels))  # noqa: E731
         jax.eval_shape(
-            lambda keys: self.sampler(answer, self.process, keys, shape, self.sample_steps),
+            lambda keys: self.sampler(self._blank, self.process, keys, shape, self.sample_steps),
             example_keys(jax.random.key(0), 1),
         )
+
+    def summary(self) -> str:
+        """Says how many evaluations of the network an image takes, of a sampler that fits."""
+        shape = tuple(self.image_shape)
         try:
             count = evaluations(
-                self.sampler, self.process, self.sample_steps, shape=shape, answer=answer
+                self.sampler, self.process, self.sample_steps, shape=shape, answer=self._blank
             )
-        except InputError:  # it fits, as has just been tried, but has steps of its own
+        except InputError:  # it has steps of its own
             count = None
         is_guided = self.guidance != 1
-        log.info(
-            "an image takes %s evaluations of the network: %s, %s%d steps%s",
-            "a varying number of" if count is None else count * (1 + is_guided),
-            getattr(getattr(self.sampler, "func", self.sampler), "__name__", self.sampler),
-            "at most " if count is None else "",
-            self.sample_steps,
-            f", twice for guidance {self.guidance:g}" if is_guided else "",
+        told = "a varying number of" if count is None else count * (1 + is_guided)
+        name = getattr(getattr(self.sampler, "func", self.sampler), "__name__", self.sampler)
+        return (
+            f"an image takes {told} evaluations of the network: {name}, "
+            f"{'at most ' if count is None else ''}{self.sample_steps} steps"
+            f"{f', twice for guidance {self.guidance:g}' if is_guided else ''}"
         )
+
+    def _blank(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """What the network says, as far as its shape."""
+        return jnp.zeros((*x.shape[:-1], self._sampled_channels))
 
     def loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
@@ -195,7 +197,12 @@ class Diffusion:
             be made in batches of any size.
           guidance, steps: numbers in place of `guidance` and `sample_steps`.
           first: the place of the first row in the whole set.
+
+        Raises InputError for settings that do not fit and, outside of jit, for no such label.
         """
+        if self.num_classes and not isinstance(condition, jax.core.Tracer):
+            label = np.asarray(condition)
+            check_labels(label[label != self.num_classes], self.num_classes)
         steps = self.sample_steps if steps is None else steps
         keys = example_keys(rng, len(jax.tree.leaves(condition)[0]), first)
         denoise = self.denoiser(params, condition, guidance)

@@ -12,6 +12,7 @@ import numpy as np
 
 from cvjax import draw
 from cvjax.data.captions import encode
+from cvjax.data.ranges import check_unit
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree
@@ -135,10 +136,12 @@ class Upsampler(TextToImage):
         `level` in [0, `augmentation`] says how faulty these are: noise of so large a standard
         deviation hides it, as in training, and is drawn for row i from `fold_in(rng, first + i)`.
 
-        Raises InputError for another level, and for one above 0 without an `rng`.
+        Raises InputError for another level, for one above 0 without an `rng`, and for images that
+        are no floats or, outside of jit, not in [0, 1].
         """
         if not 0 <= level <= self.augmentation:
             raise InputError(f"level is {level}; it must be in [0, {self.augmentation}]")
+        check_unit(low)
         low = 2 * low - 1
         if level:
             if rng is None:

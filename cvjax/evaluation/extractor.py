@@ -29,7 +29,8 @@ class Extractor:
 
     Attributes:
       name: of the features. The Frechet distance is called by it, "FD-digits"; "FID" is that of
-        `cvjax.nn.inception.InceptionV3` alone.
+        `cvjax.nn.inception.InceptionV3` alone, with 1008 classes, images scaled to 299 x 299, and
+        mean and std 0.5.
       model: a module with `features(x) -> {name: [b, h, w, c]}` and `__call__(x) -> logits`.
       initialize: `(params, model_state) -> (params, model_state, table)`, where the weights come
         from: `train.restore.load_params` or `nn.pretrained.load_pretrained`, with the path bound.
@@ -52,6 +53,7 @@ class Extractor:
     apply: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
         if self.is_fid:
             object.__setattr__(self, "name", "inception")
         elif any(word in self.name.lower() for word in ("fid", "inception")):
@@ -69,7 +71,9 @@ class Extractor:
     @property
     def is_fid(self) -> bool:
         """Whether the Frechet distance of these features is what is known as FID."""
-        return getattr(self.model, "is_of_fid", False)
+        is_halved = np.all(np.asarray(self.mean) == 0.5) and np.all(np.asarray(self.std) == 0.5)
+        is_of_fid = getattr(self.model, "is_of_fid", False)
+        return bool(is_of_fid and is_halved and self.image_shape == (299, 299, 3))
 
     def __deepcopy__(self, memo: dict) -> "Extractor":
         """Itself: `fit` copies its evaluators, and weights that never change need no copy."""

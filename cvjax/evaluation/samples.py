@@ -78,6 +78,12 @@ class SampleQuality:
                     f"there are {len(real.images)} {name} images; with neighbours={neighbours} "
                     f"there must be at least {neighbours + 1}"
                 )
+        shapes = self.train.images.shape[1:], self.held_out.images.shape[1:]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"training images are {list(shapes[0])}, held-out ones {list(shapes[1])}; "
+                "they must be alike"
+            )
         variance = self.train.features.astype(np.float64).var(axis=0).mean()
         self.scale = 1.0 if extractor.is_fid else float(np.sqrt(variance))
         if not self.scale > 0:
@@ -157,6 +163,8 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
     """
     records = [source[i] for i in range(len(source))]
     shapes = {np.shape(record["image"]) for record in records}
+    if not records:
+        raise InputError("there are no real images: the source is empty")
     if len(shapes) != 1:
         raise InputError(
             f"real images have {len(shapes)} shapes; all must have one (set image_size of a folder)"

@@ -209,8 +209,10 @@ class GAN:
 
         The image at row i comes from `fold_in(rng, first + i)`, whatever the batch. The BatchNorm
         statistics are taken anew, of `statistics_batch` images of all classes: those of training
-        do not fit averaged parameters.
+        do not fit averaged parameters. Raises InputError, outside of jit, for no such label.
         """
+        if self.num_classes and not isinstance(labels, jax.core.Tracer):
+            check_labels(np.asarray(labels), self.num_classes)
         count = self.statistics_batch
         z = jax.random.normal(jax.random.key(0), (count, self.latents))
         every = jnp.arange(count) % max(self.num_classes, 1)

@@ -162,7 +162,7 @@ class InceptionV3(nn.Module):
     @property
     def is_of_fid(self) -> bool:
         """Whether the Frechet distance of its features may be called FID."""
-        return self.variant == "fid"
+        return self.variant == "fid" and self.num_classes == 1008
 
     @property
     def strides(self) -> dict[str, int]:

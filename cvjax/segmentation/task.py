@@ -82,7 +82,7 @@ class Segmentation:
         wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= classes))]
         if classes and wrong.size:
             raise InputError(
-                f"mask has the class {wrong[0]} in the first batch, but num_classes is {classes}: "
+                f"mask has the class {wrong[0]}, but num_classes is {classes}: "
                 f"classes are 0..{classes - 1}, and {IGNORE} where a pixel does not count"
             )
 

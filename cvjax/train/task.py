@@ -33,6 +33,10 @@ class Task(Protocol):
     A batch is a dictionary of arrays whose first axis is the example. It always holds `valid`,
     bool [batch]: False marks padding and examples that could not be read; losses and metrics
     must not depend on them. Under `jit` a batch is global: no task knows about devices.
+
+    A task may also have two methods that `fit` calls before the first step: `check(batch)`, which
+    raises InputError for a batch on the host, of training or held out, that it cannot take; and
+    `summary() -> str`, a line for people.
     """
 
     @property
@@ -54,7 +58,7 @@ class Task(Protocol):
 
         The batch also has `index`, int32 [batch], each row's place in the held-out set, and `rng`
         is the same for all batches: what is drawn for an example with a key of its place is the
-        same whatever the batch size (`example_keys`, `first_row`; else `batch_key`).
+        same whatever the batch size (`example_keys`, `first_row`).
         """
 
     def visualize(
@@ -71,11 +75,6 @@ def first_row(batch: Batch) -> jax.Array | int:
 def example_keys(rng: jax.Array, count: int, first: int = 0) -> jax.Array:
     """The keys of the examples `first`, `first` + 1, ...: the same however a batch is split."""
     return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(count))
-
-
-def batch_key(rng: jax.Array, batch: Batch) -> jax.Array:
-    """Of the `rng` of `predict`, a key for this batch alone."""
-    return jax.random.fold_in(rng, first_row(batch)) if "index" in batch else rng
 
 
 def mean(values: jax.Array, valid: jax.Array | None = None) -> Average:

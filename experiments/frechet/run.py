@@ -102,10 +102,12 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
         height, width, channels = scored.shape[1:]
         size = height if height == width else None
         train, held_out = (Folder(path, channels, size) for path in (flags.train, flags.held_out))
+    channels = train[0]["image"].shape[-1]
+    images = images_in(flags.images, channels) if flags.images is not None else None
     extractor = inception(flags.inception) if flags.inception else judge(flags.judge)
     quality = SampleQuality(extractor, train, held_out, cache=flags.cache)
-    if flags.images is not None:
-        return quality.score(*images_in(flags.images, quality.train.images.shape[-1]))
+    if images is not None:
+        return quality.score(*images)
     found, pictures = evaluate(
         task, state, held_out, batch_size=100, evaluators={"quality": quality}, seed=flags.seed
     )

@@ -87,6 +87,15 @@ def test_a_denoiser_sees_the_corrupted_and_is_asked_for_the_clean_image():
     assert loss == pytest.approx(float(np.mean((raw - batch["image"]) ** 2)), rel=1e-5)
 
 
+def test_what_is_done_to_an_image_does_not_depend_on_the_batch():
+    task, batch = TASKS["denoising"], batch_of() | {"index": np.arange(6, dtype=np.int32)}
+    params, state = jax.jit(task.init)(jax.random.key(0), batch)
+    predict = lambda batch: task.predict(params, state, batch, jax.random.key(1))  # noqa: E731
+    whole = jax.jit(predict)(batch)["reconstruction"]
+    part = jax.jit(predict)({name: value[3:] for name, value in batch.items()})["reconstruction"]
+    np.testing.assert_allclose(part, whole[3:], atol=1e-6)  # sums in another order
+
+
 def test_a_single_image_has_pictures_too():
     task, batch = TASKS["plain"], batch_of(1)
     shapes = jax.eval_shape(
@@ -160,6 +169,13 @@ def test_figures_of_reconstructions():
     ]
     np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
     np.testing.assert_allclose(psnr(a, a), 100.0)
+    for figure in (psnr, ssim):
+        for wrong, message in (
+            (255 * a, "from .* expected"),
+            ((255 * a).astype(np.uint8), "uint8"),
+        ):
+            with pytest.raises(InputError, match=message):
+                figure(wrong, b)
     # One window of 11 x 11 at four places of a 12 x 12 image, by the definition.
     x, y = np.float64(a)[..., 0], np.float64(b)[..., 0]
     g = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)

@@ -104,6 +104,16 @@ def test_padding_changes_nothing(batch, results):
     assert results(padded | {"valid": np.zeros(4, bool)})[0] == 0
 
 
+def test_what_is_seen_of_an_image_does_not_depend_on_the_batch(batch, started):
+    params, state = started
+    predict = jax.jit(TASK.predict)
+    index, rng = np.arange(4, dtype=np.int32), jax.random.key(5)
+    whole = predict(params, state, batch | {"index": index}, rng)["seen"]
+    for part in (slice(0, 2), slice(2, 4)):
+        rows = {name: value[part] for name, value in (batch | {"index": index}).items()}
+        np.testing.assert_array_equal(predict(params, state, rows, rng)["seen"], whole[part])
+
+
 def test_the_encoder_is_that_of_a_classifier(batch, started):
     params = started[0]["model"]["encoder"]
     whole = jax.eval_shape(ENCODER.init, jax.random.key(0), batch["image"])["params"]

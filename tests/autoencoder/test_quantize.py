@@ -209,6 +209,8 @@ def test_what_cannot_be_is_said():
             VectorQuantizer(**fields)
     with pytest.raises(InputError, match="each must be at least 2"):
         FiniteScalarQuantizer((3, 1))
+    with pytest.raises(InputError, match="make 4294967296 codes; an index has 31 bits"):
+        FiniteScalarQuantizer((8,) * 10 + (4,))
     with pytest.raises(InputError, match="are 2 channels, but the encoder gives 3"):
         FiniteScalarQuantizer((3, 3)).apply({}, jnp.zeros((1, 3)), ALL[:1])
     with pytest.raises(InputError, match="codes from 0 to 9"):

@@ -117,6 +117,9 @@ def test_slerp():
     np.testing.assert_allclose(norm(middle), norm(a), rtol=0.03)
     assert np.all(norm((a + b) / 2) < 0.75 * norm(a))
     np.testing.assert_allclose(slerp(a, a, 0.3), a, atol=1e-5)
+    # Nothing has no direction.
+    np.testing.assert_array_equal(slerp(a, 0 * a, 0.0), a)
+    np.testing.assert_allclose(slerp(0 * a, a, 0.25), 0.25 * a, atol=1e-6)
     # A quarter of a right angle, on the circle.
     x, y = np.float32([[1.0, 0.0]]), np.float32([[0.0, 1.0]])
     angle = np.pi / 8

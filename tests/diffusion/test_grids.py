@@ -91,9 +91,17 @@ def test_any_number_of_steps(grid):
             assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
 
 
+def test_a_process_that_stops_early_has_all_grids():
+    """Where even `karras` begins its last step at much noise, no other grid is refused for it."""
+    for grid in (grids.uniform, grids.quadratic, grids.karras, grids.log_snr):
+        process = VarianceExploding(sigma_min=1.0)
+        assert len(time_steps(grid, process, 50)) == 51
+    assert len(time_steps(grids.karras, VariancePreserving(), 2)) == 3
+
+
 def test_what_is_no_grid():
     process = FlowMatching()
-    with pytest.raises(InputError, match="steps is 0; a sampler takes at least 1"):
+    with pytest.raises(InputError, match="steps is 0; it must be"):
         time_steps(grids.uniform, process, 0)
     for wrong in (
         lambda process, steps: np.linspace(0.0, 1.0, steps + 1),

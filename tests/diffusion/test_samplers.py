@@ -144,7 +144,7 @@ def test_one_step_is_allowed_and_none_is_not(name):
             draw(SAMPLERS[name], process, 1, 4)
     elif name != "adaptive":
         assert jnp.all(jnp.isfinite(draw(SAMPLERS[name], process, 1, 4)))
-    with pytest.raises(InputError, match="steps is 0; a sampler takes at least 1"):
+    with pytest.raises(InputError, match="steps is 0; it must be"):
         draw(SAMPLERS[name], process, 0, 4)
 
 
@@ -187,6 +187,15 @@ def test_adaptive_steps_count_and_keep_the_tolerance():
     assert np.all(few < many) and len(np.unique(many)) > 1  # each image its own
     with pytest.raises(JaxRuntimeError, match=r"InputError: .* after 2 steps for 4 of 4 images"):
         jax.block_until_ready(draw(adaptive, process, 2, 4))
+
+
+def test_adaptive_has_no_grid_that_could_fail_to_fit():
+    """20 equal steps of EDM's sigma would see no detail; these steps are as long as they may be."""
+    process, keys = EDM(), example_keys(jax.random.key(0), 8)
+    images, counts = jax.jit(lambda keys: solve(exact(process), process, keys, (2,), 40))(keys)
+    assert np.isfinite(images).all() and np.abs(images).max() < 5 and (counts > 30).all()
+    with pytest.raises(InputError, match="steps is 0"):
+        adaptive(exact(process), process, keys, (2,), 0)
 
 
 def test_adaptive_with_traced_parameters_and_labels():

@@ -167,6 +167,9 @@ def test_guidance_without_class_dropout_is_one_line():
         task_of(Linear(), num_classes=0, guidance=2.0)
     with pytest.raises(InputError, match="guidance is 3.0"):
         task.sample(params, batch["label"], jax.random.key(0), guidance=3.0)
+    for label in (-1, CLASSES + 1):
+        with pytest.raises(InputError, match=f"label is {label}, but num_classes is {CLASSES}"):
+            task.sample(params, np.array([0, label]), jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -288,8 +291,7 @@ def test_the_times_of_evaluation_are_stratified():
     np.testing.assert_allclose(np.asarray(seen[1])[[0, 2, 3]], np.array([1, 3, 5]) / 6, rtol=1e-6)
 
 
-def test_a_run_says_what_a_sample_costs(caplog):
-    caplog.set_level("INFO", "cvjax")
+def test_a_run_says_what_a_sample_costs():
     for fields, message in (
         (
             dict(sampler=heun, sample_steps=10),
@@ -298,9 +300,8 @@ def test_a_run_says_what_a_sample_costs(caplog):
         (dict(sampler=functools.partial(ddim, eta=1.0), guidance=2.5, sample_steps=3), "takes 6 "),
         (dict(sampler=adaptive, guidance=2.0), "a varying number of"),
     ):
-        task_of(Linear(), **fields).check(batch_of())
-        assert message in caplog.messages[-1]
-        assert ("twice for guidance" in caplog.messages[-1]) == ("guidance" in fields)
+        told = task_of(Linear(), **fields).summary()
+        assert message in told and ("twice for guidance" in told) == ("guidance" in fields)
     learned = dict(num_classes=CLASSES, image_shape=SHAPE, sampler=ddpm_learned, sample_steps=7)
-    LearnedVariance(Linear(), VariancePreserving(), **learned).check(batch_of())
-    assert "takes 7 evaluations of the network: ddpm_learned, 7 steps" in caplog.messages[-1]
+    told = LearnedVariance(Linear(), VariancePreserving(), **learned).summary()
+    assert "takes 7 evaluations of the network: ddpm_learned, 7 steps" in told

@@ -128,6 +128,9 @@ def test_what_the_upsampler_sees():
     assert (given["level"] == 0).all()
     with pytest.raises(InputError, match="level is 0.2: give an rng"):
         task.condition(batch["tokens"], (low + 1) / 2, 0.2)
+    for wrong in (np.full_like(low, 200, np.uint8), low - 0.5, np.full_like(low, 255.0)):
+        with pytest.raises(InputError, match="images have"):
+            task.condition(batch["tokens"], wrong)
     # So it is in sampling, for each row from its own key.
     rng, tokens = jax.random.key(1), np.repeat(batch["tokens"][:1], 500, axis=0)
     grey = np.full((500, *low.shape[1:]), 0.5, np.float32)

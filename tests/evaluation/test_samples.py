@@ -231,12 +231,24 @@ def test_what_cannot_be_is_said(extractor):
         quality.result()
     with pytest.raises(InputError, match="there are 5 held-out images; with neighbours=5"):
         SampleQuality(extractor, source(20), source(5))
+    with pytest.raises(InputError, match="the source is empty"):
+        SampleQuality(extractor, source(20), [])
+    small = [{"image": source(20)[i]["image"][1:]} for i in range(20)]
+    with pytest.raises(InputError, match="held-out ones .* must be alike"):
+        SampleQuality(extractor, source(20), small)
 
 
 def test_only_the_network_of_the_fid_says_fid(monkeypatch):
     monkeypatch.setattr(InceptionV3, "init", lambda self, *args: {"params": {}})
     keep = lambda params, state: (params, state, "")  # noqa: E731
-    assert Extractor("x", InceptionV3(), keep).name == "inception"
+    seen = (299, 299, 3)
+    assert Extractor("x", InceptionV3(), keep, seen).name == "inception"
+    for model, fields in (
+        (InceptionV3(), dict(image_shape=(80, 80, 3))), (InceptionV3(), dict(mean=0.0)),
+        (InceptionV3(num_classes=10), {}), (InceptionV3(variant="torchvision"), {}),
+    ):  # fmt: skip
+        one = Extractor("x", model, keep, **{"image_shape": seen, **fields})
+        assert one.name == "x" and not one.is_fid
     other = Extractor("torchvision", InceptionV3(variant="torchvision"), keep)
     assert other.name == "torchvision" and not other.is_fid
 

@@ -472,8 +472,10 @@ def test_what_cannot_be_is_said():
         jax.eval_shape(larger.init, jax.random.key(0), batch_of())
     with pytest.raises(InputError, match="values from 255 to 255"):
         small().check({"image": np.full((1, *SHAPE), 255.0), "valid": np.ones(1, bool)})
-    with pytest.raises(InputError, match="label is 3 in the first batch, but num_classes is 3"):
+    with pytest.raises(InputError, match="label is 3, but num_classes is 3"):
         small().check(batch_of() | {"label": np.array([0, 1, 2, 3, 0, 1])})
+    with pytest.raises(InputError, match="label is 3, but num_classes is 3"):
+        small().sample({}, np.array([0, 3]), jax.random.key(0))
     for setting in (dict(translation=-0.1), dict(cutout=1.5), dict(contrast=-1.0)):
         with pytest.raises(InputError, match=f"{next(iter(setting))} is .* it must be in"):
             diff_augment(batch_of()["image"], jax.random.key(0), **setting)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.diffusion import grids
+from cvjax.checks import check_count
 from cvjax.diffusion.process import Process
-from cvjax.diffusion.samplers.integration import Denoise, Shape, begin, time_steps
+from cvjax.diffusion.samplers.integration import Denoise, Shape, begin
 from cvjax.diffusion.samplers.ode import velocity
 from cvjax.errors import InputError
 
@@ -51,7 +51,7 @@ def solve(
 ) -> tuple[jax.Array, jax.Array]:
     """As `adaptive`, and how often each image asked the network, int32 [b]."""
     diffrax = _diffrax()
-    time_steps(grids.uniform, process, steps)  # for its error
+    check_count(1, steps=steps)
     x = begin(process, keys, shape, start)
 
     # The solver sees one image; the network sees the batch, with all that belongs to its rows. What
@@ -86,8 +86,9 @@ def solve(
             max_steps=steps,
             throw=False,
         )
-        # Six new evaluations in each step, accepted or not, and two to find the first length.
-        number = 6 * solution.stats["num_steps"] + 2
+        # Six new evaluations in each step, accepted or not, and one for the first of the first.
+        # diffrax tries none to find the first length where it integrates backwards.
+        number = 6 * solution.stats["num_steps"] + 1
         return solution.ys[0], number, solution.result == diffrax.RESULTS.successful
 
     def check(is_done: jax.Array) -> np.ndarray:

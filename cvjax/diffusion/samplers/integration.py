@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.diffusion.grids import TimeGrid
+from cvjax.checks import check_count
+from cvjax.diffusion.grids import TimeGrid, karras
 from cvjax.diffusion.process import Process, prior
 from cvjax.errors import InputError
 
@@ -21,8 +22,7 @@ def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
     Raises InputError unless there is at least one step, the times fall from 1 to 0, and some are
     late enough to see the data: with EDM's sigma as time, equal steps are not.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; a sampler takes at least 1")
+    check_count(1, steps=steps)
     with jax.ensure_compile_time_eval():
         grid = np.asarray(times(process, steps))
     name = getattr(getattr(times, "func", times), "__name__", times)
@@ -32,14 +32,23 @@ def time_steps(times: TimeGrid, process: Process, steps: int) -> np.ndarray:
             f"{grid.flat[-1]:.4g}; it must give {steps + 1} that fall strictly, from 1 to 0"
         )
     # Images in [-1, 1] have a standard deviation of about a half; few steps show no detail anyway.
-    sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
-    if steps > 1 and sigma > alpha * (5.0 if steps < 10 else 0.5):
-        raise InputError(
-            f"times={name} does not fit {type(process).__name__}: the last of {steps} steps begins "
-            f"at sigma / alpha = {sigma / alpha:.3g}, so that none sees detail; take times="
-            "grids.karras"
-        )
+    last = _last_ratio(process, grid)
+    if steps > 1 and last > (5.0 if steps < 10 else 0.5):
+        with jax.ensure_compile_time_eval():
+            reachable = _last_ratio(process, np.asarray(karras(process, steps)))
+        if last > 2 * reachable:
+            raise InputError(
+                f"times={name} does not fit {type(process).__name__}: the last of {steps} steps "
+                f"begins at sigma / alpha = {last:.3g}, so that none sees detail; take times="
+                f"grids.karras, where it is {reachable:.3g}"
+            )
     return grid
+
+
+def _last_ratio(process: Process, grid: np.ndarray) -> float:
+    """sigma / alpha where the last step begins."""
+    sigma, alpha = (float(at_times(f, grid)[-2]) for f in (process.sigma, process.alpha))
+    return sigma / alpha
 
 
 def at_times(function: Callable[[jax.Array], jax.Array], grid: np.ndarray) -> np.ndarray:
