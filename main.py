@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
         return run(config, flags.workdir or default_workdir(flags.config, changes), flags.mode)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, NonFiniteError, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        print(f"error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
+        return {InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

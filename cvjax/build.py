@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cvjax.errors import InputError, nearest
@@ -83,7 +84,13 @@ def resolve(name: str, path: str = "config") -> Any:
     for candidate in (f"cvjax.{module_name}", module_name):
         if not _exists(candidate):
             continue
-        module = importlib.import_module(candidate)
+        try:
+            module = importlib.import_module(candidate)
+        except Exception as error:
+            raise InputError(
+                f"{path}.type is {name!r}, but {candidate} cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if hasattr(module, attribute):
             return getattr(module, attribute)
         public = [
@@ -124,6 +131,13 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
         positional = parameter.kind is not parameter.VAR_POSITIONAL
         if required and positional and field not in fields:
             raise InputError(f"{path}.{field} is missing: {name} needs it")
+    if isinstance(fields.get("dtype"), str):
+        try:
+            jnp.dtype(fields["dtype"])
+        except TypeError:
+            raise InputError(
+                f"{path}.dtype is {fields['dtype']!r}; it can be 'float32', 'bfloat16' or 'float16'"
+            ) from None
     try:
         return target(**fields)
     except (TypeError, ValueError, OSError) as error:
@@ -133,8 +147,13 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # the latter for __main__
+    except ValueError:  # for __main__
         return False
+    except ModuleNotFoundError as error:
+        # Of a parent: one that is there but lacks something itself is for the import to say.
+        return error.name is not None and not f"{module}.".startswith(f"{error.name}.")
+    except Exception:  # a parent that is there and fails
+        return True
 
 
 def _modules() -> list[str]:

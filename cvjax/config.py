@@ -80,6 +80,8 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
             value = _parse(text, node[last], flag)
             with node.ignore_type():
                 node[last] = value
+        elif _is_of_run(node, walked):  # `cvjax.run` knows what it and the loader take
+            node[last] = _parse(text, None, flag)
         elif "type" in node and _takes(node["type"], last, walked):
             node[last] = _parse(text, None, flag)
         elif path == "data.on_bad" and (sources := _sources(node, last, walked)):
@@ -143,6 +145,12 @@ def _of_run(path: str) -> str:
     return re.sub(r"^config\.(stages\.[^.]+\.)?", "", path)
 
 
+def _is_of_run(node: ConfigDict, path: str) -> bool:
+    """Whether a node has the fields of a run, or those of its data."""
+    is_run = "task" in node and re.fullmatch(r"config(\.stages\.[^.]+)?", path)
+    return bool(is_run) or _of_run(path) == "data"
+
+
 def _takes(type_name: str, field: str, path: str) -> bool:
     takes = fields_of(resolve(type_name, path))
     return takes is None or field in takes
@@ -182,6 +190,8 @@ def _parse(text: str, before: Any, flag: str) -> Any:
     """The value that a text means, of the same type as the one before (None: any)."""
     if isinstance(before, str):
         return text
+    if isinstance(before, ConfigDict) and text == "None":
+        return None
     if isinstance(before, ConfigDict):
         raise InputError(f"{flag}={text}: it has fields of its own{nearest(text, before)}")
     if isinstance(before, bool):

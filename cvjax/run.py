@@ -1,10 +1,12 @@
 """What main.py does with a config: build it and train, evaluate or predict."""
 
+import contextlib
 import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,11 @@ from ml_collections import ConfigDict
 from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
+from cvjax.data.sources import example_id
 from cvjax.errors import InputError, from_callbacks, nearest
 from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_key
 from cvjax.train.loop import fit, load_state
-from cvjax.train.sharding import data_mesh, put_batch
+from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
 from cvjax.train.state import TrainState
 
 log = logging.getLogger("cvjax")
@@ -113,6 +116,15 @@ def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
     return built | {"data": data["train"], "eval_data": data.get("test"), "loader": loader}
 
 
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """What cannot be written is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be written: {error}") from error
+
+
 def _newest_state(built: dict[str, Any], workdir: Path) -> TrainState:
     return load_state(
         built["task"], built["data"], workdir, steps=built["steps"],
@@ -127,7 +139,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
     if mode == "train":
         saved = workdir / "config.json"
         if saved.exists():
-            for line in configs.differences(json.loads(saved.read_text()), plain):
+            for line in configs.differences(configs.save_json(configs.load_json(saved)), plain):
                 log.warning("%s goes on with another config: %s", workdir, line)
         result = fit(workdir=workdir, config=plain, **built)
         if result.received is None and result.workdir is not None:
@@ -143,13 +155,16 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
             task, state, data, batch_size=size, evaluators=built.get("evaluators"), loader=loader,
             seed=seed,
         )  # fmt: skip
-        for name, value in found.items():
-            print(f"{name}: {value:.6g}")
-        (workdir / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
-        for name, picture in pictures.items():
-            draw.save_png(workdir / f"{name}.png", np.asarray(picture))
+        if jax.process_index() == 0:
+            for name, value in found.items():
+                print(f"{name}: {value:.6g}")
+            with _writing(workdir):
+                path = workdir / "evaluation.json"
+                path.write_text(json.dumps(found, indent=2) + "\n")
+                for name, picture in pictures.items():
+                    draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0
-    return _predict(task, state, eval_loader_of(data, size, loader), seed, workdir)
+    return _predict(task, state, data, size, loader, seed, workdir)
 
 
 def check_num_classes(task: Any, source: Any, where: str, path: str = "config.task") -> None:
@@ -203,16 +218,34 @@ def default_workdir(config: str, changes: list[tuple[str, str]]) -> Path:
     return Path("runs") / name
 
 
-def _predict(task, state, loader, seed: int, workdir: Path) -> int:
-    """Writes what the task predicts for all that is held out to predictions.npz."""
+def _predict(task, state, data, batch_size: int, loader, seed: int, workdir: Path) -> int:
+    """Writes what the task predicts for all that is held out to predictions.npz.
+
+    `index` and `id` say which example of the source a row is of: one that cannot be read has none.
+    Where images have several sizes and so have the outputs, those are `<name>/<index>`.
+    """
     mesh, rows, rng = data_mesh(), [], prediction_key(jax.random.key(seed))
-    predict = jax.jit(task.predict)
-    for number, batch in enumerate(loader.iterate()):
-        placed = put_batch({**batch, **places(batch, number)}, mesh)
-        outputs = predict(state.averaged_params, state.model_state, placed, rng)
-        rows.append({k: np.asarray(v)[batch["valid"]] for k, v in outputs.items()})
-    columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    np.savez(workdir / "predictions.npz", **columns)
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in columns.items())
-    print(f"{workdir / 'predictions.npz'}: {shapes}")
+    check_batch_size(batch_size, mesh)
+    predict = jax.jit(task.predict, out_shardings=replicated(mesh))
+    for number, batch in enumerate(eval_loader_of(data, batch_size, loader).iterate()):
+        place = places(batch, number)
+        placed = put_whole_batch({**batch, **place}, mesh)
+        outputs = jax.device_get(predict(state.averaged_params, state.model_state, placed, rng))
+        rows.append({k: v[batch["valid"]] for k, v in {**place, **outputs}.items()})
+    if jax.process_index() != 0:
+        return 0
+    columns, told = {}, []
+    index = np.concatenate([row["index"] for row in rows])
+    for name in rows[0]:
+        parts = [row[name] for row in rows]
+        if len({part.shape[1:] for part in parts}) == 1:
+            columns[name] = np.concatenate(parts)
+            told.append(f"{name} {list(columns[name].shape)}")
+        else:  # images of any size: an array for each
+            columns |= {f"{name}/{i}": v for i, v in zip(index, chain(*parts), strict=True)}
+            told.append(f"{name}/0 and so on")
+    columns["id"] = np.array([example_id(data, int(index)) for index in columns["index"]])
+    with _writing(workdir):
+        np.savez(workdir / "predictions.npz", **columns)
+    print(f"{workdir / 'predictions.npz'}: {', '.join(told)}")
     return 0

@@ -96,6 +96,19 @@ BAD = {
         ["--config={tmp}/alone.py", "--mode=predict"], "config.data.test is missing"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
+    "average of nothing": (
+        [f"--config={LINEAR}", "--config.ema=1.5"], "ema of model is 1.5; it must be in"),
+    "best of all": (["--config.best_mode=most"], "best_mode is 'most'; it can be 'max' or 'min'"),
+    "rules that are none": (["--config.optimizer.weight_decay=0.1"], "it must be pairs (pattern"),
+    "one rule for several": (["--config.optimizer.freeze=('.*',True)"], "it must be pairs (patt"),
+    "no pattern": (["--config.optimizer.freeze=(('.*[',True),)"], "is no regular expression"),
+    "no such numbers": (["--config.task.network.dtype=bfloat15"], "dtype is 'bfloat15'; it can be"),
+    "falling up": (
+        [f"--config={CLASSIFICATION}", "--config.optimizer.learning_rate.peak_value=-0.01"],
+        "learning_rate.peak_value is -0.01; it cannot be"),
+    "module that cannot be imported": (
+        ["--config.task.type=tests.fails_to_import.Task"],
+        "tests.fails_to_import cannot be imported: ZeroDivisionError"),
 }  # fmt: skip
 
 DATA_ALONE = dict(task=dict(type="train.noop.NoOp"), data=dict(train=(1,)), batch_size=8)
@@ -277,6 +290,8 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     assert main.main(["--mode=predict", workdir]) == 0
     predictions = np.load(tmp_path / "run/predictions.npz")
     assert predictions["sample"].shape == (40, 28, 28, 1)
+    np.testing.assert_array_equal(predictions["index"], np.arange(40))
+    assert predictions["id"][3] == "3"
     run = load_run(tmp_path / "run", [("task.sample_steps", "3"), ("data.test.per_class", "2")])
     at, arrays = final(tmp_path / "run")
     assert int(run.state.step) == at and run.task.sample_steps == 3

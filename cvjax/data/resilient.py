@@ -11,6 +11,7 @@ TimeoutError by itself.
 
 import dataclasses
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import numpy as np
 
 from cvjax.data.sources import Example, Source, example_id
 from cvjax.errors import InputError
+
+log = logging.getLogger("cvjax")
 
 _REPLACEMENTS = 10  # reads of other examples before a position is given up
 _FORGIVEN = 5  # bad examples that never stop a run: a share of a handful says nothing
@@ -111,7 +114,10 @@ class Budget:
     def add(self, seen: int, bad: Sequence[BadExample]) -> None:
         """Counts `seen` more examples, `bad` among them; raises InputError if that is too many."""
         self._seen += seen
-        self._bad += bad
+        for one in bad:
+            self._bad.append(one)
+            if len(self._bad).bit_count() == 1:  # 1, 2, 4, ...
+                log.warning("%d bad so far, %s: %s", len(self._bad), one.id, one.error)
         self._note([one for one in bad if one.position not in self._noted])
         allowed = max(_FORGIVEN, self._share * self._seen) if self._share else 0
         if len(self._bad) > allowed:
@@ -166,4 +172,10 @@ def _positions(path: pathlib.Path | None) -> set[int]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    return {json.loads(line)["position"] for line in whole.splitlines()}
+    positions = set()
+    for line in whole.splitlines():
+        try:
+            positions.add(json.loads(line)["position"])
+        except (ValueError, KeyError, TypeError):
+            continue  # damaged: it says of no position that it was noted
+    return positions

@@ -142,7 +142,11 @@ class MultiTask:
     def evaluate(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
-        """Returns the weighted loss and the metrics of each head."""
+        """Returns the weighted loss and the metrics of each head.
+
+        A head's own metrics are exact over the set; `loss`, of terms with counts of their own
+        (images, pixels), is the mean of the batches' losses, each as often as it has examples.
+        """
         return self._measure(params, self._outputs(params, model_state, batch), batch)[1]
 
     def predict(

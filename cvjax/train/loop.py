@@ -16,7 +16,7 @@ from clu import parameter_overview
 
 from cvjax.checks import check_choice, check_count
 from cvjax.data.loader import Loader
-from cvjax.errors import InputError
+from cvjax.errors import InputError, nearest
 from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of, means, pairs
@@ -24,7 +24,7 @@ from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
 from cvjax.train.optimizer import micro_batches, optimizers_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.state import TrainState
-from cvjax.train.step import Decay, TrainStep, initial_state, make_train_step
+from cvjax.train.step import Decay, TrainStep, check_decay, initial_state, make_train_step
 from cvjax.train.task import Task
 from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
 
@@ -121,6 +121,7 @@ def fit(
         if value is not None:
             check_count(1, **{name: value})
     check_choice(("jit", "pmap"), parallel=parallel)
+    check_choice(("max", "min"), best_mode=best_mode)
     _use_compilation_cache()
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
@@ -138,6 +139,9 @@ def fit(
     )  # fmt: skip
     eval_loader = eval_loader_of(eval_data, batch_size, loader) if eval_data is not None else None
     example = _example(task, data, batch_size, loader)
+    if eval_data is not None:
+        transforms = (loader or {}).get("eval_transforms", ())
+        _example(task, eval_data, batch_size, {**(loader or {}), "transforms": transforms})
 
     rng = jax.random.key(seed)
     make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
@@ -145,14 +149,15 @@ def fit(
     step = step or make_train_step(task, optimizers, averages, axis, scanned)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
 
-    made_workdir = workdir is not None and not workdir.exists()
+    made_workdir = False
     lock = checkpoints = None
     writer, history = Several([]), []
     try:
         restored, position = None, 0
         if workdir:
-            _make_directory(workdir)
+            is_new = _make_directory(workdir)
             lock = DirectoryLock(workdir) if is_primary else None
+            made_workdir = is_new and is_primary  # known by the lock: another may have come first
             checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
             restored = checkpoints.restore(_shapes(make_state, rng, example, mesh))
         if restored is not None:
@@ -231,13 +236,20 @@ def fit(
                     try:
                         with progress.paused():
                             found, pictures = evaluate_state(state)
-                    except Exception:  # what was trained is not lost for it
+                        row = {f"eval/{name}": value for name, value in found.items()}
+                        progress.show(update, row, force=True)
+                        _record(writer, history, update, row)
+                        writer.write_images(step=update, images=pictures)
+                        writer.flush()
+                        if best is not None and best not in found:
+                            raise InputError(
+                                f"best is {best!r}, which was not evaluated{nearest(best, found)}"
+                            )
+                    except Exception as error:  # what was trained is not lost for it
                         save(wait=True)
+                        if isinstance(error, OSError):
+                            raise InputError(f"workdir {workdir}: {error}") from error
                         raise
-                    progress.show(update, {f"eval/{n}": v for n, v in found.items()}, force=True)
-                    _record(writer, history, update, {f"eval/{n}": v for n, v in found.items()})
-                    writer.write_images(step=update, images=pictures)
-                    writer.flush()
                 every = checkpoint_every or evaluate_every
                 if ends or (every and update % every == 0):
                     save(metrics=found)
@@ -315,8 +327,10 @@ def _example(
     task: Task, data: Any, batch_size: int, loader: Mapping[str, Any] | None
 ) -> dict[str, np.ndarray]:
     """A batch of zeros of the right shapes; a task with a `check` may refuse the real one."""
-    transforms = (loader or {}).get("transforms", ())
-    batch = next(Loader(data, batch_size, transforms=transforms).iterate())
+    # Where reading fails, as the run itself does; but without its threads and processes.
+    names = ("transforms", "retries", "backoff", "bad_budget")
+    options = {name: loader[name] for name in names if name in (loader or {})}
+    batch = next(Loader(data, batch_size, last="pad", **options).iterate())
     if hasattr(task, "check"):
         task.check(batch)
     return jax.tree.map(np.zeros_like, batch)
@@ -327,6 +341,8 @@ def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Calla
     groups = [group for group, _ in task.objectives]
     averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
     averages = averages if groups else {}
+    for group, decay in averages.items():
+        check_decay(group, decay)
     params, _ = jax.eval_shape(task.init, rng, example)
     optimizers = optimizers_by_group(optimizer, params, groups, steps) if groups else {}
     # It runs once: what XLA's CPU compiler would optimize takes it 10 to 25 s, and without 3 to 6.
@@ -373,17 +389,22 @@ def _describe(task, state, example, mesh, resumed, workdir) -> None:
     log.info("devices: %s", ", ".join(f"{n} x {kind}" for kind, n in kinds.items()))
     shapes = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in example.items())
     log.info("batch: %s", shapes)
+    if hasattr(task, "summary"):
+        log.info("%s", task.summary())
     if workdir:
         log.info("workdir: %s%s", workdir, f"; resumed at step {resumed}" if resumed else "")
 
 
-def _make_directory(path: Path) -> None:
+def _make_directory(path: Path) -> bool:
+    """Makes the directory and says whether it is new; InputError where nothing can be written."""
     try:
+        is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         probe = path / "lock"
         probe.open("a").close()
     except OSError as error:
         raise InputError(f"workdir {path} cannot be written: {error.strerror}") from error
+    return is_new
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -55,12 +55,19 @@ class Optimizer:
     def __post_init__(self):
         check_at_least(self, accumulate=1, warmup_steps=0)
         check_choices(self, accumulate_how=("multi_steps", "scan"))
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
-        if isinstance(self.learning_rate, int | float) and not self.learning_rate >= 0:
+        check_rules(self.weight_decay, "optimizer.weight_decay")
+        check_rules(self.freeze, "optimizer.freeze")
+        is_number = isinstance(self.clip_norm, int | float)
+        if self.clip_norm is not None and not (is_number and self.clip_norm > 0):
             raise InputError(
-                f"optimizer.learning_rate is {self.learning_rate}; it cannot be negative"
+                f"optimizer.clip_norm is {self.clip_norm!r}; it must be a number above 0"
             )
+        rates = {"learning_rate": self.learning_rate}
+        for name, value in getattr(self.learning_rate, "keywords", {}).items():
+            rates[f"learning_rate.{name}"] = value
+        for name, value in rates.items():
+            if isinstance(value, int | float) and not value >= 0:
+                raise InputError(f"optimizer.{name} is {value}; it cannot be negative")
 
     def schedule(self, steps: int) -> Schedule:
         """The learning rate by number of updates done, for a run of `steps` updates."""
@@ -118,6 +125,23 @@ def kernels_as_matrices(params: PyTree) -> PyTree:
 def path_name(path: Sequence[Any]) -> str:
     """A key path of `jax.tree_util` as "a/b/0"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_rules(rules: Any, field: str) -> None:
+    """Raises InputError unless `rules` are pairs of a regular expression and a value, or None."""
+    wanted = f"{field} is {rules!r}; it must be pairs (pattern, value), such as (('.*', value),)"
+    if rules is None:
+        return
+    if isinstance(rules, str) or not isinstance(rules, Sequence):
+        raise InputError(wanted)
+    for rule in rules:
+        is_pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
+        if not (is_pair and isinstance(rule[0], str)):
+            raise InputError(wanted)
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise InputError(f"{field}: {rule[0]!r} is no regular expression: {error}") from error
 
 
 def by_path(rules: Rules, params: PyTree, field: str = "rules") -> dict[str, Any]:

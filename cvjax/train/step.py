@@ -39,6 +39,13 @@ def initial_state(
     )
 
 
+def check_decay(group: str, decay: float | Decay) -> None:
+    """Raises InputError unless an average's decay is a function of the step, or in [0, 1)."""
+    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if not (callable(decay) or (is_number and 0 <= decay < 1)):
+        raise InputError(f"ema of {group} is {decay!r}; it must be in [0, 1), or a function")
+
+
 def make_train_step(
     task: Task,
     optimizers: Mapping[str, GradientTransformation],

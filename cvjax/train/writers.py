@@ -183,14 +183,16 @@ class Several:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; [] when there is none. A line cut by a crash is left out."""
+    """The rows of a `metrics.jsonl`; [] when there is none. A line that is damaged is left out."""
     path = Path(path)
     if not path.exists():
         return []
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows

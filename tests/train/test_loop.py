@@ -3,19 +3,20 @@ import functools
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from cvjax.errors import InputError
+from cvjax.train import loop
 from cvjax.train.evaluation import evaluate
-from cvjax.train.guards import NonFiniteError
+from cvjax.train.guards import DirectoryLock, NonFiniteError
 from cvjax.train.loop import fit, load_state
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
-from cvjax.train.task import batch_key, first_row
+from cvjax.train.task import example_keys, first_row
+from cvjax.train.writers import read_json_lines
 from tests.train.toys import Adversarial, Linear, Network, Regression
 
 
@@ -84,16 +85,31 @@ def test_evaluators_start_afresh():
     assert seen == [21.0, 21.0]
 
 
+class Checks(Regression):
+    def check(self, batch):
+        if not np.isfinite(batch["x"]).all():
+            raise InputError("x is not finite")
+
+
+class Broken(Linear):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "x": np.full(3, np.nan, np.float32)}
+
+
+def test_held_out_data_that_the_task_cannot_take_is_refused_before_the_first_step(tmp_path):
+    options = dict(steps=4, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match="x is not finite"):
+        fit(Checks(), Linear(), eval_data=Broken(9), **options)
+    assert not (tmp_path / "run").exists()
+
+
 class Draws(Regression):
-    """Predicts noise: a number for each example, by its place, and one for each batch."""
+    """Predicts noise: a number for each example, by its place."""
 
     def predict(self, params, model_state, batch, rng):
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(
-            first_row(batch) + jnp.arange(len(batch["valid"]))
-        )
+        keys = example_keys(rng, len(batch["valid"]), first_row(batch))
         each = jax.vmap(lambda key: jax.random.uniform(key))(keys)
-        every = jax.random.uniform(batch_key(rng, batch), each.shape)
-        return {"each": each, "every": every, "index": batch["index"]}
+        return {"each": each, "index": batch["index"]}
 
 
 class Keeps(Count):
@@ -118,7 +134,6 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_the_batch_size():
         found.append({name: list(values) for name, values in Keeps.seen.items()})
     assert found[0]["each"] == found[1]["each"] and len(set(found[0]["each"])) == 21
     assert found[0]["index"] == found[1]["index"] == list(range(21))
-    assert len(set(found[0]["every"])) == 21, "no batch has the draws of another"
 
 
 class Fails(Count):
@@ -144,6 +159,51 @@ def test_pictures_of_evaluators_stand_beside_those_of_the_task(tmp_path):
         eval_data=Linear(21), evaluators={"count": Count()}, workdir=tmp_path / "run",
     )  # fmt: skip
     assert [path.name for path in (tmp_path / "run/pictures").iterdir()] == ["share_0000001.png"]
+
+
+def test_a_best_that_is_not_evaluated_is_said_and_nothing_is_lost(tmp_path):
+    options = dict(
+        steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2, eval_data=Linear(21),
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="best is 'lss', which was not evaluated .did you mean"):
+        fit(Regression(), Linear(), best="lss", **options)
+    assert int(fit(Regression(), Linear(), best="loss", **options).state.step) == 4
+    steps = [row["step"] for row in read_json_lines(tmp_path / "run/metrics.jsonl")]
+    assert steps[0] == 2 and steps[-1] == 4  # it went on where it had stopped
+
+
+def test_a_full_disk_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    options = dict(
+        steps=2, batch_size=8, optimizer=optax.sgd(0.1), eval_data=Linear(21),
+        evaluators={"count": Count()}, workdir=tmp_path / "run",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("cvjax.draw.save_png", full)
+        with pytest.raises(InputError, match="run: .*No space left on device"):
+            fit(Regression(), Linear(), **options)
+    assert int(fit(Regression(), Linear(), **options).state.step) == 2
+
+
+def test_a_run_that_comes_second_leaves_the_first_its_new_directory(tmp_path, monkeypatch):
+    """Both saw none; the second finds it locked."""
+    options = dict(steps=2, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    make = loop._make_directory
+    locks = []
+
+    def first_comes_another(path):
+        is_new = make(path)
+        locks.append(DirectoryLock(path))
+        return is_new
+
+    monkeypatch.setattr(loop, "_make_directory", first_comes_another)
+    with pytest.raises(InputError, match="in use by the run"):
+        fit(Regression(), Linear(), **options)
+    assert (tmp_path / "run").exists()
+    locks[0].release()
 
 
 def test_two_optimizers_and_accumulation_count_updates():

@@ -64,7 +64,7 @@ class Npz:
     def __post_init__(self) -> None:
         keys = {"image": self.image_key, "label": self.label_key}
         try:
-            with np.load(self.path) as file:
+            with np.load(pathlib.Path(self.path).expanduser()) as file:
                 for key in keys.values():
                     if key is not None and key not in file.files:
                         raise InputError(f"{self.path} has no {key!r}{nearest(key, file.files)}")

@@ -6,7 +6,7 @@ import pathlib
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
@@ -71,6 +71,8 @@ class Folder:
         content = pathlib.Path(self._files[index]).read_bytes()
         try:
             image = self._decode(content)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"cannot decode {self._files[index]}: it is no image") from error
         except Exception as error:
             raise ValueError(f"cannot decode {self._files[index]}: {error}") from error
         return {"image": image, "label": self._labels[index]}

@@ -1,0 +1,3 @@
+"""A module of someone that has a mistake."""
+
+raise ZeroDivisionError("one of many")
