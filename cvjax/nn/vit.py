@@ -86,6 +86,8 @@ class ViT(nn.Module):
         have no class token beside them; or the norm of the mean of the patches, "mean_norm", which
         keep the token (timm's `fc_norm`).
       registers: how many further tokens take part and are not read.
+      class_has_position: whether a position is learned for the class token, too; it has none in
+        timm's networks with registers.
       width, depth, heads: channels, blocks and heads in place of those of `size`.
       layer_scale: the scale of the residual branches at the beginning (DINOv2 has 1e-5); None for
         no such parameters.
@@ -102,6 +104,7 @@ class ViT(nn.Module):
     image_size: int | tuple[int, int] = 224
     pooling: str = "class"
     registers: int = 0
+    class_has_position: bool = True
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -154,7 +157,8 @@ class ViT(nn.Module):
         self.position = self.param("position", small, (*grid, width))
         if self.pooling != "mean":
             self.class_token = self.param("class_token", small, (width,))
-            self.class_position = self.param("class_position", small, (width,))
+            if self.class_has_position:
+                self.class_position = self.param("class_position", small, (width,))
         if self.registers:
             self.register_tokens = self.param("register_tokens", small, (self.registers, width))
         self.embedding_dropout = nn.Dropout(self.dropout)
@@ -177,7 +181,8 @@ class ViT(nn.Module):
         x = x + resize_bicubic(self.position, height, width).astype(self.dtype)
         first = []
         if self.pooling != "mean":
-            first.append((self.class_token + self.class_position)[None])
+            token = self.class_token
+            first.append((token + self.class_position if self.class_has_position else token)[None])
         if self.registers:
             first.append(self.register_tokens)
         x = x.reshape(batch, height * width, channels)

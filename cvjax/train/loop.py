@@ -85,7 +85,8 @@ def fit(
     Args:
       task: what is trained (the protocol is in `cvjax.train.task`).
       data: the source of training examples (the protocol is in `cvjax.data.loader`).
-      steps: optimizer updates in all, those of the run that is resumed included.
+      steps: optimizer updates in all, those of the run that is resumed included. Of a bare optax
+        transformation its calls: with `optax.MultiSteps` they are micro-batches.
       batch_size: examples in one micro-batch, over all devices and processes.
       optimizer: an `Optimizer` or optax transformation for all groups of parameters, or
         {group: one of these}.

@@ -203,7 +203,7 @@ def micro_batches(optimizer: Any) -> tuple[int, int]:
     ours = [one for one in optimizers if isinstance(one, Optimizer)]
     steps = {one.accumulate for one in ours if one.accumulate_how == "multi_steps"} - {1}
     scanned = {one.accumulate for one in ours if one.accumulate_how == "scan"} - {1}
-    if len(scanned) > 1 or (scanned and len(ours) > 1 and steps):
+    if scanned and len({one.accumulate for one in ours}) + len(steps) > 1:
         raise InputError(
             "optimizer: with accumulate_how='scan' all groups must have the same accumulate, found "
             f"{', '.join(str(one.accumulate) for one in ours)}"

@@ -52,7 +52,9 @@ def _our_networks():
         "timm vit": ViT(image_size=(32, 48), **vit),
         "timm vit mean": ViT(image_size=32, pooling="mean", **vit),
         "timm vit mean norm": ViT(image_size=32, pooling="mean_norm", **vit),
-        "timm vit registers": ViT(image_size=32, registers=3, layer_scale=1e-5, **vit),
+        "timm vit registers": ViT(
+            image_size=32, registers=3, layer_scale=1e-5, class_has_position=False, **vit
+        ),
         "torchvision vit": ViT(image_size=32, **vit),
         "hf vit": ViT(image_size=32, epsilon=1e-12, **vit),
         "hf vit resized": ViT(image_size=32, epsilon=1e-12, **vit),

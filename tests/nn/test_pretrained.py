@@ -132,6 +132,12 @@ def test_positions_are_resampled_for_another_size(tmp_path):
     np.testing.assert_array_equal(variables["params"]["class_position"], tokens[0])
     expected = resize_bicubic(tokens[1:].reshape(4, 4, -1), 6, 3)
     np.testing.assert_allclose(variables["params"]["position"], expected, atol=1e-6)
+    # Without a position of its own in the file, the class token is given zeros, and it is said.
+    safetensors.numpy.save_file(theirs("timm vit registers"), tmp_path / "registers.safetensors")
+    own = ours(parity.OURS["timm vit registers"].clone(class_has_position=True))
+    variables, table = load_variables(own, tmp_path / "registers.safetensors")
+    assert statuses(table)["params/class_position"] == "loaded: zeros, for the file has none"
+    assert not np.any(variables["params"]["class_position"])
     # Without a class token, its position has nowhere to go.
     model = ViT(num_classes=5, patch=8, image_size=32, width=12, depth=4, heads=3, pooling="mean")
     _, table = load_variables(ours(model), tmp_path / "weights.safetensors")
