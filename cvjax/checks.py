@@ -1,4 +1,4 @@
-"""Checks of what a person sets: each raises an InputError of one line, `name is value; it must be`.
+"""Checks of what a person gives: each raises an InputError, a line: `name is value; it must be`.
 
 Arguments of functions are given by name with their value, `check_count(1, copies=copies)`; fields
 of an object by their names alone, `check_at_least(self, copies=1)`: the line names its class.
@@ -6,6 +6,8 @@ of an object by their names alone, `check_at_least(self, copies=1)`: the line na
 
 from collections.abc import Collection, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cvjax.errors import InputError
@@ -64,6 +66,20 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
             f"{name} is {size!r}; it must be a number of pixels, at least 1, or two of them"
         )
     return int(pair[0]), int(pair[1])
+
+
+def check_unit(images: jax.Array | np.ndarray) -> None:
+    """Raises InputError for images that are no floats or, outside of jit, not in [0, 1].
+
+    A rounding error outside passes; 0..255 and -1..1 do not.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
+    if isinstance(images, jax.core.Tracer) or not images.size:
+        return
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
+        raise InputError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
 
 
 def check_choices(owner: object, **choices: Collection) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from cvjax.data.ranges import check_unit
+from cvjax.checks import check_unit
 
 Series = tuple[ArrayLike, ArrayLike]
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.checks import check_at_least
-from cvjax.data.ranges import check_unit
+from cvjax.checks import check_at_least, check_unit
 from cvjax.errors import InputError
 
 

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.checks import check_choices
-from cvjax.data.ranges import check_unit
+from cvjax.checks import check_choices, check_unit
 from cvjax.errors import InputError
 from cvjax.nn.pickled_arrays import read_arrays
 from cvjax.train.restore import load_params

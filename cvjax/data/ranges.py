@@ -2,25 +2,9 @@
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cvjax.errors import InputError
-
-
-def check_unit(images: jax.Array | np.ndarray) -> None:
-    """Raises InputError for images that are no floats or, outside of jit, not in [0, 1].
-
-    A rounding error outside passes; 0..255 and -1..1 do not.
-    """
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise InputError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
-    if isinstance(images, jax.core.Tracer) or not images.size:
-        return
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
-        raise InputError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
 
 
 def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
+from cvjax.checks import check_unit
 from cvjax.data.captions import encode
-from cvjax.data.ranges import check_unit
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree
