@@ -1,8 +1,10 @@
 """Detection of digits in composed scenes, 128 x 128 pixels, with DETR.
 
 DETR (arXiv:2005.12872) with 16 queries on a small residual network; scenes of one to six real MNIST
-digits that partly hide each other, the held-out ones made of held-out digits. DETR learns slowly
-(500 epochs of COCO in the paper); whether these steps are enough was not measured.
+digits that partly hide each other, the held-out ones made of held-out digits: 0.455 box AP (COCO,
+.50:.95) on 500 held-out scenes (seed 0), after 31 minutes on one core. DETR learns slowly (500
+epochs of COCO in the paper) and is not at its end here. Its map has cells of 8 x 8 pixels: with 16
+x 16 and one layer in the encoder it had 0.325, after 3,000 steps of 16 scenes.
 
     python main.py --config=configs/detr.py
 """
@@ -13,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000
-    config.batch_size = 16
+    config.steps = 5000
+    config.batch_size = 8
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1500
+    config.evaluate_every = 2500
     config.best = "coco/box_AP"
 
     scenes = dict(type="data.sources.detection_scenes.DetectionScenes")
@@ -39,7 +41,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
                     type="nn.resnet.ResNet",
                     stem="cifar",
                     width=32,
-                    stage_sizes=(1, 1, 1),
+                    stage_sizes=(1, 2),
                     dtype="float32",
                     remat=False,
                 ),
@@ -49,7 +51,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
             features=96,
             heads=4,
             hidden=192,
-            encoder_layers=1,
+            encoder_layers=2,
             decoder_layers=3,
             dropout=0.0,
             dtype="float32",
@@ -59,8 +61,12 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.evaluators = dict(coco=dict(type="detection.evaluate.CocoEvaluator", num_classes=10))
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
-        transform=dict(type="optax.adamw", b2=0.99),
-        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-3, pct_start=0.1),
+        transform=dict(
+            type="optax.contrib.muon",
+            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            adam_b2=0.99,
+        ),
+        learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=4e-3, pct_start=0.1),
         weight_decay=((".*/kernel", 0.05), (".*", 0.0)),
         clip_norm=0.5,
         accumulate=1,
@@ -68,6 +74,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.ema = None
 
     if tiny:
+        config.optimizer.transform = ConfigDict(dict(type="optax.adam"))
         config.steps, config.batch_size = 4, 8
         config.log_every, config.evaluate_every = 2, 4
         config.data.train.update(count=16, size=64)
