@@ -80,13 +80,14 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
             value = _parse(text, node[last], flag)
             with node.ignore_type():
                 node[last] = value
-        elif _is_of_run(node, walked):  # `cvjax.run` knows what it and the loader take
-            node[last] = _parse(text, None, flag)
         elif "type" in node and _takes(node["type"], last, walked):
             node[last] = _parse(text, None, flag)
         elif path == "data.on_bad" and (sources := _sources(node, last, walked)):
             for source in sources:
                 source[last] = text
+        elif _is_of_run(node, walked) and path != "data.on_bad":
+            # Whether there is such a field, `cvjax.run` knows, of what it and the loader take.
+            node[last] = _parse(text, None, flag)
         else:
             raise InputError(f"{flag}: no such field{_known(node, last, walked)}")
     return config

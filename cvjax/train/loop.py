@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 
 from cvjax.checks import check_choice, check_count
@@ -21,10 +20,11 @@ from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of, means, pairs
 from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
-from cvjax.train.optimizer import micro_batches, optimizers_by_group
+from cvjax.train.optimizer import micro_batches
 from cvjax.train.progress import Progress
+from cvjax.train.start import example_batch, initialized, shapes_of, state_maker
 from cvjax.train.state import TrainState
-from cvjax.train.step import Decay, TrainStep, check_decay, initial_state, make_train_step
+from cvjax.train.step import Decay, TrainStep, make_train_step
 from cvjax.train.task import Task
 from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
 
@@ -139,13 +139,13 @@ def fit(
         **{name: value for name, value in (loader or {}).items() if name != "eval_transforms"},
     )  # fmt: skip
     eval_loader = eval_loader_of(eval_data, batch_size, loader) if eval_data is not None else None
-    example = _example(task, data, batch_size, loader)
+    example = example_batch(task, data, batch_size, loader)
     if eval_data is not None:
         transforms = (loader or {}).get("eval_transforms", ())
-        _example(task, eval_data, batch_size, {**(loader or {}), "transforms": transforms})
+        example_batch(task, eval_data, batch_size, {**(loader or {}), "transforms": transforms})
 
     rng = jax.random.key(seed)
-    make_state, optimizers, averages = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
+    make_state, optimizers, averages = state_maker(task, example, rng, optimizer, ema, steps, mesh)
     axis = sharding.AXIS if parallel == "pmap" else None
     step = step or make_train_step(task, optimizers, averages, axis, scanned)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
@@ -160,13 +160,13 @@ def fit(
             lock = DirectoryLock(workdir) if is_primary else None
             made_workdir = is_new and is_primary  # known by the lock: another may have come first
             checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
-            restored = checkpoints.restore(_shapes(make_state, rng, example, mesh))
+            restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
         if restored is not None:
             state, position = restored.state, restored.position
         else:
             state = make_state(rng, example)
             if initialize is not None:
-                state = _initialized(state, initialize, mesh)
+                state = initialized(state, initialize, mesh)
             if checkpoints:
                 checkpoints.prove_round_trip(state)
         if workdir and is_primary:
@@ -293,67 +293,17 @@ def load_state(
     """
     _use_compilation_cache()
     mesh, rng = sharding.data_mesh(), jax.random.key(seed)
-    example = _example(task, data, batch_size, loader)
-    make_state, _, _ = _state_maker(task, example, rng, optimizer, ema, steps, mesh)
+    example = example_batch(task, data, batch_size, loader)
+    make_state, _, _ = state_maker(task, example, rng, optimizer, ema, steps, mesh)
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
     with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(_shapes(make_state, rng, example, mesh))
+        restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
     if restored is None:
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
     log.info("loaded step %d of %s", restored.step, workdir)
     return restored.state
-
-
-def _shapes(make_state: Callable, rng: jax.Array, example: Any, mesh: Any) -> TrainState:
-    """The state's shapes, for a restore that does not hold two states in memory."""
-    whole = sharding.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        jax.eval_shape(make_state, rng, example),
-    )
-
-
-def _initialized(state: TrainState, initialize: Callable, mesh: Any) -> TrainState:
-    """The state with other params and model state, and averages that start as copies."""
-    params, model_state, table = initialize(state.params, state.model_state)
-    log.info("%s", table)
-    ema = {name: params[name] for name in state.ema}
-    state = state.replace(params=params, model_state=model_state, ema=ema)
-    return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
-
-
-def _example(
-    task: Task, data: Any, batch_size: int, loader: Mapping[str, Any] | None
-) -> dict[str, np.ndarray]:
-    """A batch of zeros of the right shapes; a task with a `check` may refuse the real one."""
-    # Where reading fails, as the run itself does; but without its threads and processes.
-    names = ("transforms", "retries", "backoff", "bad_budget")
-    options = {name: loader[name] for name in names if name in (loader or {})}
-    batch = next(Loader(data, batch_size, last="pad", **options).iterate())
-    if hasattr(task, "check"):
-        task.check(batch)
-    return jax.tree.map(np.zeros_like, batch)
-
-
-def _state_maker(task, example, rng, optimizer, ema, steps, mesh) -> tuple[Callable, dict, dict]:
-    """The jitted maker of the first state, and the optimizers and decays by group."""
-    groups = [group for group, _ in task.objectives]
-    averages = ema if isinstance(ema, Mapping) else dict.fromkeys(groups, ema) if ema else {}
-    averages = averages if groups else {}
-    for group, decay in averages.items():
-        check_decay(group, decay)
-    params, _ = jax.eval_shape(task.init, rng, example)
-    optimizers = optimizers_by_group(optimizer, params, groups, steps) if groups else {}
-    # It runs once: what XLA's CPU compiler would optimize takes it 10 to 25 s, and without 3 to 6.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make_state = jax.jit(
-        lambda rng, batch: initial_state(task, batch, rng, optimizers, averages),
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=quick,
-    )
-    return make_state, optimizers, averages
 
 
 def _record(writer: Several, history: list, step: int, row: dict[str, float]) -> None:

@@ -189,7 +189,7 @@ def test_labels_are_looked_at_before_training():
         dataclasses.replace(task, std=(0.5,) * (channels + 1)).check(batch)
     for label in (-1, CLASSES):
         labels = np.array([0, label, 1])
-        with pytest.raises(InputError, match=f"label is {label} .* num_classes is 4: .* 0..3"):
+        with pytest.raises(InputError, match=f"label is {label}, .* num_classes is 4: .* 0..3"):
             task.check({**batch, "label": labels})
         task.check({**batch, "label": labels, "valid": labels != label})
     with pytest.raises(InputError, match="needs a field label; there are: image, valid"):

@@ -82,6 +82,6 @@ def test_nobody_to_draw(draw):
 
 def test_impossible_settings():
     assignment = Assignment(INDEX, FOREGROUND, WEIGHT)
-    for count, fraction in ((0, 0.5), (4, 1.5), (4, -0.1)):
-        with pytest.raises(InputError, match=f"count={count}"):
+    for count, fraction, name in ((0, 0.5, "count"), (4, 1.5, "fraction"), (4, -0.1, "fraction")):
+        with pytest.raises(InputError, match=f"{name} is"):
             sample(jax.random.key(0), BOXES, assignment, count=count, fraction=fraction)

@@ -167,7 +167,7 @@ def test_masks_are_looked_at_before_training():
         mask = np.int32(batch["mask"])
         mask[1, 2, 3] = label
         with pytest.raises(
-            InputError, match=f"class {label} .* num_classes is 3: .* 0..2, and 255"
+            InputError, match=f"class {label}, .* num_classes is 3: .* 0..2, and 255"
         ):
             task.check({**batch, "mask": mask})
         task.check({**batch, "mask": mask, "valid": np.array([True, False, True])})

@@ -141,7 +141,7 @@ def test_what_cannot_be_composed():
     with pytest.raises(InputError, match="needs a mask of classes"):
         composing.copy_paste(one, without_classes, rng)
     assert "mask" not in composing.copy_paste(without_classes, one, rng)
-    with pytest.raises(InputError, match="share=2"):
+    with pytest.raises(InputError, match="share is 2"):
         composing.copy_paste(one, one, rng, share=2)
     with pytest.raises(InputError, match="those of another"):
         composing.mosaic([one, one, one, without], rng, size=30)

@@ -82,7 +82,7 @@ def test_multi_crop_makes_views_of_the_sizes_asked_for():
     for wrong, message in (
         (dict(views={}), "views is empty"),
         (dict(views=views, counts={"smal": 2}), "did you mean small"),
-        (dict(views=views, counts={"small": 0}), "counts.small=0"),
+        (dict(views=views, counts={"small": 0}), "counts.small is 0"),
         (dict(views={"a": sometimes_a_view}, counts={"a": 20}), "views.a must give"),
     ):
         with pytest.raises(InputError, match=message):
