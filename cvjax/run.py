@@ -23,6 +23,7 @@ from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_
 from cvjax.train.loop import fit, load_state
 from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
 from cvjax.train.state import TrainState
+from cvjax.train.writers import write_json
 
 log = logging.getLogger("cvjax")
 
@@ -43,12 +44,12 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
 
     A config with `stages`, {name: config}, is run stage after stage, each in a folder of its own in
     `workdir`. The `initialize` of a stage that names no `path` takes the work directory of the
-    stage before it. Other modes are those of the last stage.
+    stage before it. Other modes are those of the last stage; the config of all is saved, too.
     """
     if "stages" not in config:
         return _run(config, build(configs.buildable(config)), workdir, mode)
-    stages, previous = [], None
-    for name in configs.save_json(config)["stages"]:  # in their order
+    plain, stages, previous = configs.save_json(config), [], None
+    for name in plain["stages"]:  # in their order
         stage = config.stages[name]
         if previous and "initialize" in stage and "path" not in stage.initialize:
             with stage.unlocked():
@@ -58,7 +59,11 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
         stages.append((stage, build(configs.buildable(stage), f"config.stages.{name}"), previous))
     for stage, built, folder in stages if mode == "train" else stages[-1:]:
         log.info("stage %s", folder.name)
-        if code := _run(stage, built, folder, mode):
+        code = _run(stage, built, folder, mode)
+        if mode == "train" and jax.process_index() == 0:
+            with _writing(workdir):
+                write_json(workdir / "config.json", plain)
+        if code:
             return code
     return 0
 
@@ -159,8 +164,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
             for name, value in found.items():
                 print(f"{name}: {value:.6g}")
             with _writing(workdir):
-                path = workdir / "evaluation.json"
-                path.write_text(json.dumps(found, indent=2) + "\n")
+                write_json(workdir / "evaluation.json", found)
                 for name, picture in pictures.items():
                     draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0

@@ -307,7 +307,7 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
 STAGES = str(ROOT / "tests/recipe_stages.py")
 
 
-def test_stages_follow_one_another_and_resume_in_the_middle(tmp_path):
+def test_stages_follow_one_another_and_resume_in_the_middle(tmp_path, capfd):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(linear(whole, f"--config={STAGES}"))
     for stage, step in (("warm", 8), ("cold", 12)):
@@ -324,6 +324,9 @@ def test_stages_follow_one_another_and_resume_in_the_middle(tmp_path):
         assert at == whole_at == step
         for name, array in arrays.items():
             assert np.asarray(array).tobytes() == np.asarray(whole_arrays[name]).tobytes(), name
+    assert main.main(["--mode=evaluate", f"--workdir={whole}"]) == 0
+    assert "loss: " in capfd.readouterr().out
+    assert (whole / "cold/evaluation.json").exists()
 
 
 def test_a_stage_begins_with_what_the_one_before_has_learned(tmp_path):

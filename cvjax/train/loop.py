@@ -1,7 +1,6 @@
 """`fit`: the one training loop. It takes objects, not a config."""
 
 import collections
-import json
 import logging
 import os
 import time
@@ -26,7 +25,7 @@ from cvjax.train.start import example_batch, initialized, shapes_of, state_maker
 from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, make_train_step
 from cvjax.train.task import Task
-from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases
+from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases, write_json
 
 log = logging.getLogger("cvjax")
 
@@ -171,7 +170,7 @@ def fit(
                 checkpoints.prove_round_trip(state)
         if workdir and is_primary:
             if config is not None:
-                _write_config(workdir / "config.json", config)
+                write_json(workdir / "config.json", config)
             kinds = [JsonLines] + [TensorBoard] * tensorboard + [WeightsAndBiases] * wandb
             writer = Several([kind(workdir, position // micro) for kind in kinds])
             history = writer.writers[0].rows
@@ -356,12 +355,6 @@ def _make_directory(path: Path) -> bool:
     except OSError as error:
         raise InputError(f"workdir {path} cannot be written: {error.strerror}") from error
     return is_new
-
-
-def _write_config(path: Path, config: Mapping[str, Any]) -> None:
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(replacement, path)
 
 
 def _remove(directory: Path) -> None:

@@ -182,6 +182,13 @@ class Several:
             writer.close()
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is whole or not there."""
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(replacement, path)
+
+
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; [] when there is none. A line that is damaged is left out."""
     path = Path(path)
