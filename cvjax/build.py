@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
     for field in fields:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
+        _check_number(f"{path}.{field}", fields[field], (known or {}).get(field))
     if not inspect.isclass(target):
         return functools.partial(target, **fields)
     for field, parameter in (known or {}).items():
@@ -142,6 +144,14 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
         return target(**fields)
     except (TypeError, ValueError, OSError) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _check_number(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """Raises InputError for a text where the default is a number and nothing speaks of texts."""
+    default = None if parameter is None else parameter.default
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    if isinstance(value, str) and is_number and not re.search(r"\bstr\b", str(parameter)):
+        raise InputError(f"{path} is {value!r}; it must be a number, as its default is: {default}")
 
 
 def _exists(module: str) -> bool:

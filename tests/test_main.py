@@ -102,6 +102,9 @@ BAD = {
     "rules that are none": (["--config.optimizer.weight_decay=0.1"], "it must be pairs (pattern"),
     "one rule for several": (["--config.optimizer.freeze=('.*',True)"], "it must be pairs (patt"),
     "no pattern": (["--config.optimizer.freeze=(('.*[',True),)"], "is no regular expression"),
+    "text where the default is a number": (
+        [f"--config={LINEAR}", "--config.optimizer.transform.b1=abc"],
+        "config.optimizer.transform.b1 is 'abc'; it must be a number, as its default is: 0.9"),
     "no such numbers": (["--config.task.network.dtype=bfloat15"], "dtype is 'bfloat15'; it can be"),
     "falling up": (
         [f"--config={CLASSIFICATION}", "--config.optimizer.learning_rate.peak_value=-0.01"],
