@@ -82,5 +82,5 @@ def get_config(tiny: bool = False) -> ConfigDict:
         model = config.task.model
         model.backbone.backbone.width = 4
         model.features, model.hidden, model.queries = 8, 8, 8
-        model.heads, model.decoder_layers = 2, 1
+        model.heads, model.encoder_layers, model.decoder_layers = 2, 1, 1
     return config

@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     for stage, built, folder in stages if mode == "train" else stages[-1:]:
         log.info("stage %s", folder.name)
         code = _run(stage, built, folder, mode)
-        if mode == "train" and jax.process_index() == 0:
+        if mode == "train" and workdir.exists() and jax.process_index() == 0:
             with _writing(workdir):
                 write_json(workdir / "config.json", plain)
         if code:
