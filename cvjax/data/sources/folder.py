@@ -6,11 +6,11 @@ import pathlib
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import upright
+from cvjax.data.sources.pictures import undecodable, upright
 from cvjax.errors import InputError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -71,10 +71,8 @@ class Folder:
         content = pathlib.Path(self._files[index]).read_bytes()
         try:
             image = self._decode(content)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"cannot decode {self._files[index]}: it is no image") from error
         except Exception as error:
-            raise ValueError(f"cannot decode {self._files[index]}: {error}") from error
+            raise ValueError(undecodable(self._files[index], error)) from error
         return {"image": image, "label": self._labels[index]}
 
     def example_id(self, index: int) -> str:

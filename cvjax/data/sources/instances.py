@@ -20,11 +20,11 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cvjax.checks import Size, check_choice, check_count, height_and_width
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import upright
+from cvjax.data.sources.pictures import undecodable, upright
 from cvjax.data.transforms import fields, geometry
 from cvjax.errors import InputError
 
@@ -130,10 +130,8 @@ def read_image(
                     f"max_pixels={max_pixels}"
                 )
             array = np.asarray(upright(image, channels))
-    except UnidentifiedImageError as error:
-        raise InputError(f"cannot decode {file}: it is no image") from error
     except Exception as error:
-        raise InputError(f"cannot decode {file}: {error}") from error
+        raise InputError(undecodable(file, error)) from error
     if size is not None and array.shape[:2] != size:
         raise InputError(
             f"{file} is {array.shape[1]} x {array.shape[0]} pixels, but its annotations are for "

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import upright
+from cvjax.data.sources.pictures import undecodable, upright
 from cvjax.errors import InputError
 
 IGNORE = 255  # in a mask: a pixel without truth
@@ -95,7 +95,7 @@ class PairReader:
                     )
                 return convert(image)
         except Exception as error:
-            raise ValueError(f"cannot decode {file}: {error}") from error
+            raise ValueError(undecodable(file, error)) from error
 
     def _image(self, image: Image.Image) -> Image.Image:
         return upright(image, self.channels)
