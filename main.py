@@ -31,13 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
         flags, changes = parse(arguments)
         if flags.distributed:
             join_processes()
-        if flags.config is not None:
-            config = configs.override(configs.read(flags.config), changes)
-        elif flags.workdir is not None and flags.mode != "train":
-            config = configs.override(configs.load_json(flags.workdir / "config.json"), changes)
-        else:
+        if flags.config is None and (flags.workdir is None or flags.mode == "train"):
             raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
-        return run(config, flags.workdir or default_workdir(flags.config, changes), flags.mode)
+        workdir = flags.workdir or default_workdir(flags.config, changes)
+        if flags.mode == "train":
+            config = configs.read(flags.config)
+        else:  # what was trained, also where the recipe has changed since
+            config = configs.load_json(workdir / "config.json")
+        return run(configs.override(config, changes), workdir, flags.mode)
     except (InputError, NonFiniteError, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise

@@ -34,7 +34,8 @@ def from_callbacks() -> Iterator[None]:
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ' (did you mean X?)', or ' (there are: ...)' when nothing is close to `name`."""
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
-    if close:
-        return f" (did you mean {close[0]}?)"
+    close = difflib.get_close_matches(name, choices)
+    if close:  # the nearest, but first of all the same letters: stesp is steps, not step
+        best = max(close, key=lambda choice: sorted(choice) == sorted(name))
+        return f" (did you mean {best}?)"
     return f" (there are: {', '.join(choices)})" if choices else ""

@@ -14,6 +14,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 import main
+from cvjax import config as configs
 from cvjax.errors import InputError, from_callbacks
 from cvjax.run import check_class_names, load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
@@ -93,8 +94,9 @@ BAD = {
     "a field of nobody": (
         ["--config={tmp}/stesp.py"], "config.stesp: no such field (did you mean steps?)"),
     "nothing held out": (
-        ["--config={tmp}/alone.py", "--mode=predict"], "config.data.test is missing"),
-    "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "no checkpoint"),
+        ["--workdir={tmp}/alone", "--mode=predict"], "config.data.test is missing"),
+    "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "hollow/config.json does not exist"),
+    "no checkpoint": (["--mode=evaluate", "--workdir={tmp}/early"], "no checkpoint"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
     "average of nothing": (
         [f"--config={LINEAR}", "--config.ema=1.5"], "ema of model is 1.5; it must be in"),
@@ -124,11 +126,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "empty.py").write_text("")
-    for name, fields in FIELDS.items():
-        (tmp_path / f"{name}.py").write_text(
+    for file, fields in FIELDS.items():
+        (tmp_path / f"{file}.py").write_text(
             "from ml_collections import ConfigDict\n"
             f"def get_config(tiny):\n    return ConfigDict({fields!r})\n"
         )
+    saved = {"alone": FIELDS["alone"], "early": configs.save_json(configs.read(DIFFUSION))}
+    for folder, config in saved.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "hollow").mkdir()
     arguments, message = BAD[name]
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
@@ -290,7 +296,8 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     capfd.readouterr()
     assert main.main(["--mode=evaluate", workdir]) == 0
     assert "loss: " in capfd.readouterr().out
-    assert main.main(["--mode=predict", workdir]) == 0
+    # Not the recipe, which may have changed since.
+    assert main.main(["--mode=predict", "--config=changed/since.py", workdir]) == 0
     predictions = np.load(tmp_path / "run/predictions.npz")
     assert predictions["sample"].shape == (40, 28, 28, 1)
     np.testing.assert_array_equal(predictions["index"], np.arange(40))
