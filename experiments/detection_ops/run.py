@@ -76,38 +76,40 @@ def main() -> None:
     features = rng.normal(size=(1, 160, 200, 256)).astype(np.float32)
     rois = boxes[:1000]
 
-    def align(features: jax.Array) -> jax.Array:
-        return roi_align(
-            [features], rois[None], strides=(STRIDE,), output_size=(7, 7), samples=2, aligned=True
-        )
-
-    def torch_align(features: torch.Tensor) -> torch.Tensor:
-        return torchvision.ops.roi_align(
-            features, [torch.tensor(rois)], 7, spatial_scale=1 / STRIDE, sampling_ratio=2,
-            aligned=True,
-        )  # fmt: skip
-
     x = jnp.asarray(features)
     y = torch.tensor(features).permute(0, 3, 1, 2).contiguous().requires_grad_()
     weight = rng.normal(size=(1, 1000, 7, 7, 256)).astype(np.float32)
     weights = torch.tensor(weight[0]).permute(0, 3, 1, 2).contiguous()
-    forward = jax.jit(align)
-    both = jax.jit(jax.value_and_grad(lambda x: jnp.sum(align(x) * weight)))
+    for samples, name in ((2, "ROIAlign"), (None, "ROIAlign, adaptive")):
 
-    def torch_both() -> torch.Tensor:
-        y.grad = None
-        (torch_align(y) * weights).sum().backward()
-        return y.grad
+        def align(x: jax.Array, samples: int | None = samples) -> jax.Array:
+            return roi_align(
+                [x], rois[None], strides=(STRIDE,), output_size=(7, 7), samples=samples
+            )
 
-    def torch_forward() -> torch.Tensor:
-        with torch.inference_mode():
-            return torch_align(y)
+        def torch_align(samples: int | None = samples) -> torch.Tensor:
+            return torchvision.ops.roi_align(
+                y, [torch.tensor(rois)], 7, 1 / STRIDE, samples or -1, aligned=True
+            )
 
-    # Sums of some thousand products in another order.
-    np.testing.assert_allclose(forward(x)[0], torch_forward().permute(0, 2, 3, 1), atol=1e-4)
-    np.testing.assert_allclose(both(x)[1], torch_both().permute(0, 2, 3, 1), atol=2e-3)
-    row("ROIAlign", lambda: jax.block_until_ready(forward(x)), torch_forward)
-    row("ROIAlign and its gradient", lambda: jax.block_until_ready(both(x)), torch_both)
+        def torch_forward(align: Callable = torch_align) -> torch.Tensor:
+            with torch.inference_mode():
+                return align()
+
+        def torch_both(align: Callable = torch_align) -> torch.Tensor:
+            y.grad = None
+            (align() * weights).sum().backward()
+            return y.grad
+
+        forward = jax.jit(align)
+        both = jax.jit(jax.value_and_grad(lambda x, align=align: jnp.sum(align(x) * weight)))
+        # Sums of some thousand products in another order.
+        np.testing.assert_allclose(forward(x)[0], torch_forward().permute(0, 2, 3, 1), atol=1e-4)
+        np.testing.assert_allclose(both(x)[1], torch_both().permute(0, 2, 3, 1), atol=2e-3)
+        row(name, lambda call=forward: jax.block_until_ready(call(x)), torch_forward)
+        row(
+            f"{name} and its gradient", lambda call=both: jax.block_until_ready(call(x)), torch_both
+        )
 
 
 if __name__ == "__main__":

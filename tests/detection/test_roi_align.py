@@ -39,7 +39,7 @@ def slow(image, box, stride, size, samples, aligned):
 
 BOXES = np.array(
     [[3, 5, 21, 30], [-30, -9, 14, 13], [10, 12, 200, 150], [4, 4, 4, 4], [500, 9, 600, 90],
-     [7.5, 2.25, 8.5, 40]], np.float32
+     [7.5, 2.25, 8.5, 40], [3, 5, 400, 300], [30, 20, 5, 6]], np.float32
 )  # fmt: skip
 
 
@@ -53,10 +53,9 @@ def test_samples_one_by_one(aligned, samples):
     boxes = np.stack([BOXES, BOXES + 1.5])
     call = jax.jit(
         lambda m, b, v: roi_align(
-            m, b, v, strides=(4, 8), output_size=(3, 2), samples=samples, max_samples=25,
-            aligned=aligned,
+            m, b, v, strides=(4, 8), output_size=(3, 2), samples=samples, aligned=aligned
         )
-    )  # fmt: skip
+    )
     out = call(maps, boxes, levels)
     for image in range(2):
         for row, level in enumerate(levels[image]):
@@ -107,9 +106,7 @@ def test_garbage_chunks_and_types():
     assert call(boxes[:, :0]).shape == (1, 0, 7, 7, 1024)
 
 
-align = jax.jit(
-    roi_align, static_argnames=("strides", "output_size", "samples", "max_samples", "aligned")
-)
+align = jax.jit(roi_align, static_argnames=("strides", "output_size", "samples", "aligned"))
 
 
 def test_levels():
@@ -163,10 +160,21 @@ def test_the_gradient_of_bfloat16_adds_in_float32():
     np.testing.assert_allclose(gradient(features), expected, rtol=2**-8)
 
 
+def test_however_large_a_box_is():
+    """A million samples a bin; the map is seen by one bin in the middle, or by none."""
+    box = np.float32([[[-1e6, -2e6, 1e6, 2e6], [1e8, 0, 3e8, 9], [0, 0, 3e38, 3e38]]])
+    settings = dict(strides=(1.0,), output_size=(3, 3), samples=None)
+    out = np.asarray(align([jnp.ones((1, 40, 30, 1))], box, **settings))[0, ..., 0]
+    # Samples are one pixel apart: 41 of 1.3 million times 31 of 0.7 million, within one of each.
+    np.testing.assert_allclose(out[0, 1, 1], 41 * 31 / (4e6 / 3 * 2e6 / 3), rtol=0.06)
+    assert not np.delete(out[0].ravel(), 4).any() and not out[1].any()
+    assert np.all(np.isfinite(out))
+
+
 def test_a_sample_on_the_border_counts():
-    """At -1 and at the size of the map, to which (slot + 0.5) * step / count is exact here."""
+    """At -1 and at the size of the map, to which (slot + 0.5) * (step / count) is exact here."""
     box = np.float32([[[-4, -4, 56, 72]]])
-    settings = dict(strides=(4.0,), output_size=(2, 1), samples=None, max_samples=64)
+    settings = dict(strides=(4.0,), output_size=(2, 1), samples=None)
     out = roi_align([jnp.ones((1, 17, 13, 1))], box, **settings)
     expected = slow(np.ones((17, 13, 1)), box[0, 0], 4.0, (2, 1), None, True)
     np.testing.assert_allclose(out[0, 0], expected, atol=1e-6)
@@ -188,5 +196,5 @@ def test_a_thousand_boxes_fit_into_memory(samples):
     both = jax.jit(jax.value_and_grad(square, has_aux=True))
     used = both.lower(maps, boxes, levels).compile().memory_analysis()
     total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
-    # All corners of all samples at once would be 0.8 GB with 2, and 12.8 GB with up to 8 samples.
+    # All corners of all samples at once would be 0.8 GB, and the 7 rows of all boxes 1.4 GB.
     assert total < 400e6
