@@ -111,8 +111,8 @@ class UNet(nn.Module):
     On the way down each level has `blocks` residual blocks and halves the map (an odd size is
     rounded up); on the way up each block is shown what its counterpart on the way down made.
     Any height and width that are multiples of `patch` fit. With `rescale` it is in the manner of
-    DDPM++, with `anti_alias` too of NCSN++ (Y. Song et al., https://arxiv.org/abs/2011.13456,
-    appendix H.1), but for the latter's paths beside the network.
+    DDPM++, with `anti_alias` and `residual_input` too of NCSN++ (Y. Song et al.,
+    https://arxiv.org/abs/2011.13456, appendix H.1; for large images with `skip_output`, too).
 
     Attributes:
       num_classes: classes without the null one; label `num_classes` means that none is given.
@@ -133,6 +133,10 @@ class UNet(nn.Module):
         so that the variance does not grow with the depth.
       anti_alias: halve and double maps with the filter (1, 3, 3, 1) instead of leaving out and
         repeating pixels (R. Zhang, https://arxiv.org/abs/1904.11486).
+      residual_input: the image has a way down of its own beside the blocks: halved and convolved
+        it is added to the map of each level, and their sum goes on, on both ways.
+      skip_output: every level of the way up gives an image, and the result is the sum of all,
+        doubled (T. Karras et al., https://arxiv.org/abs/1912.04958, figure 7b).
       dtype: of the computation; parameters and the output are float32.
       remat: recompute the inside of each block in the backward pass: less memory, more time.
     """
@@ -149,6 +153,8 @@ class UNet(nn.Module):
     out_channels: int | None = None
     rescale: bool = False
     anti_alias: bool = False
+    residual_input: bool = False
+    skip_output: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -204,16 +210,27 @@ class UNet(nn.Module):
             settings = self.head_features, self.dtype, self.rescale
             return make_attention(*settings, name=f"{name}_attention")(x, words)
 
-        x = space_to_depth(x, self.patch).astype(self.dtype)
-        x = nn.Conv(features[0], (3, 3), dtype=self.dtype, name="stem")(x)
+        def halve(x: jax.Array, level: int, name: str) -> jax.Array:
+            x = _resized(x, -(-x.shape[1] // 2), -(-x.shape[2] // 2)) if self.anti_alias else x
+            return nn.Conv(
+                features[level], (3, 3), strides=1 if self.anti_alias else 2, padding=1,
+                dtype=self.dtype, name=name,
+            )(x)  # fmt: skip
+
+        def double(x: jax.Array, height: int, width: int) -> jax.Array:
+            if self.anti_alias:
+                return _resized(x, height, width)
+            return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
+
+        beside = space_to_depth(x, self.patch).astype(self.dtype)
+        x = nn.Conv(features[0], (3, 3), dtype=self.dtype, name="stem")(beside)
         skips = []
         for level in levels:
             if level > 0:
-                x = _resized(x, -(-x.shape[1] // 2), -(-x.shape[2] // 2)) if self.anti_alias else x
-                x = nn.Conv(
-                    features[level], (3, 3), strides=1 if self.anti_alias else 2, padding=1,
-                    dtype=self.dtype, name=f"down{level}_halve",
-                )(x)  # fmt: skip
+                x = halve(x, level, f"down{level}_halve")
+            if level > 0 and self.residual_input:
+                beside = halve(beside, level, f"down{level}_beside")
+                x = beside = _sum(beside, x, self.rescale)
             for number in range(self.blocks):
                 name = f"down{level}_{number}"
                 x = attention(block(x, level, name), level, name)
@@ -222,23 +239,23 @@ class UNet(nn.Module):
         x = block(x, coarsest, "middle_0")
         x = block(attention(x, coarsest, "middle"), coarsest, "middle_1")
 
+        outputs, image = self.patch**2 * (self.out_channels or channels), None
         for level in reversed(levels):
             if level < coarsest:
-                rows, columns = skips[-1].shape[1:3]
-                if self.anti_alias:
-                    x = _resized(x, rows, columns)
-                else:
-                    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :rows, :columns]
+                x = double(x, *skips[-1].shape[1:3])
                 x = nn.Conv(features[level], (3, 3), dtype=self.dtype, name=f"up{level}_double")(x)
             for number in range(self.blocks):
                 name = f"up{level}_{number}"
                 x = block(jnp.concatenate([x, skips.pop()], axis=-1), level, name)
                 x = attention(x, level, name)
-
-        x = nn.silu(_norm(x, self.dtype, "head_norm"))
-        outputs, zeros = self.patch**2 * (self.out_channels or channels), nn.initializers.zeros
-        x = nn.Conv(outputs, (3, 3), kernel_init=zeros, dtype=self.dtype, name="head")(x)
-        return depth_to_space(x, self.patch).astype(jnp.float32)
+            if level == 0 or self.skip_output:
+                name = "head" if level == 0 else f"up{level}_head"
+                y = nn.silu(_norm(x, self.dtype, f"{name}_norm"))
+                y = nn.Conv(
+                    outputs, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name=name
+                )(y)
+                image = y if image is None else y + double(image, *y.shape[1:3])
+        return depth_to_space(image, self.patch).astype(jnp.float32)
 
 
 def _resized(x: jax.Array, height: int, width: int) -> jax.Array:

@@ -124,6 +124,44 @@ def test_ncsn_options():
         np.testing.assert_allclose(found[1], found[0] / np.sqrt(2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("anti_alias", [False, True])
+def test_the_ways_of_ncsn_beside_the_network(anti_alias):
+    """What each adds, by hand, where the blocks add nothing; and any size."""
+    fields = dict(multipliers=(1, 2), attention=(), anti_alias=anti_alias)
+    plain = UNet(**(SMALL | fields))
+    both = UNet(**(SMALL | fields), residual_input=True, skip_output=True, rescale=True)
+    args = inputs(7, 10)
+    params = random_params(both, *args)["params"]
+    more = set(params) - set(random_params(plain, *args)["params"])
+    assert more == {"down1_beside", "up1_head_norm", "up1_head"}
+    assert params["down1_beside"]["kernel"].shape == (3, 3, 1, 16)
+
+    @jax.jit
+    def apply(params):
+        return both.apply({"params": params}, *args, capture_intermediates=True)
+
+    def seen(name, outputs=None):
+        return np.asarray((outputs or state["intermediates"])[name]["__call__"][0])
+
+    found, state = apply(params)
+    beside = (seen("down1_beside") + seen("down1_halve")) / np.sqrt(2)
+    # The coarsest map enters block and output alike where the blocks are the identity.
+    still = {
+        name: jax.tree.map(np.zeros_like, leaf) if name == "conv2" else leaf
+        for name, leaf in params["down1_0"].items()
+    }
+    _, outputs = apply({**params, "down1_0": still})
+    np.testing.assert_allclose(
+        seen("down1_0", outputs["intermediates"]), beside / np.sqrt(2), rtol=1e-5, atol=1e-6
+    )
+    coarse = seen("up1_head")
+    if anti_alias:
+        coarse = np.asarray(_resized(coarse, 7, 10))
+    else:
+        coarse = coarse.repeat(2, 1).repeat(2, 2)[:, :7, :10]
+    np.testing.assert_allclose(found, seen("head") + coarse, rtol=1e-5, atol=1e-6)
+
+
 def test_begins_as_zero():
     network, args = UNet(**(SMALL | dict(multipliers=(1,), attention=()))), inputs()
     y, _ = jax.jit(network.init_with_output)(jax.random.key(0), *args)
