@@ -1,5 +1,6 @@
 """An evaluator of generated images: how near to real ones, how varied, whether they are copies."""
 
+import copy
 import hashlib
 import os
 import tempfile
@@ -91,6 +92,12 @@ class SampleQuality:
         self.floors: dict[int, dict[str, float]] = {}
         self.images: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
+
+    def __deepcopy__(self, memo: dict) -> "SampleQuality":
+        """Of every evaluation's own: real images and their scores are the same for all."""
+        own = copy.copy(self)
+        own.images, own.labels = list(self.images), list(self.labels)
+        return own
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Takes a batch's images, and the labels that they were made for where there are."""
