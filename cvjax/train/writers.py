@@ -1,8 +1,11 @@
 """Where metrics and pictures go. The interface is that of `clu.metric_writers.MetricWriter`."""
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +43,7 @@ class JsonLines:
         self.path = self.directory / "metrics.jsonl"
         self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resume_step]
         replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        replacement.write_text("".join(_line(row) for row in self.rows))
         os.replace(replacement, self.path)
         self._file = self.path.open("a", buffering=1)
         self._drawn = 0  # lines that are in curves.png
@@ -49,7 +52,7 @@ class JsonLines:
         """Appends a line."""
         row = {"step": int(step), **{name: float(value) for name, value in scalars.items()}}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes `pictures/<name>_<step>.png`."""
@@ -62,13 +65,20 @@ class JsonLines:
         """Nothing: the config has a file of its own."""
 
     def flush(self) -> None:
-        """Draws `curves.png`: every loss against the step; not again without a new line."""
+        """Draws `curves.png`; not again without a new line.
+
+        All metrics of the task, and the first of each evaluator, against the step.
+        """
         if len(self.rows) == self._drawn:
             return
         self._drawn = len(self.rows)
-        names = dict.fromkeys(name for row in self.rows for name in row if name.endswith("loss"))
-        curves = {}
-        for name in names:
+        shown, curves = {}, {}
+        for name in dict.fromkeys(name for row in self.rows for name in row):
+            kind, *path = name.split("/")
+            if kind in ("train", "eval") and path[0] != "nonfinite":
+                is_of_evaluator = kind == "eval" and len(path) > 1
+                shown.setdefault(path[0] if is_of_evaluator else name, name)
+        for name in shown.values():
             rows = [row for row in self.rows if name in row]
             curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
         if curves:
@@ -76,8 +86,10 @@ class JsonLines:
 
     def close(self) -> None:
         """Draws and closes."""
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 class TensorBoard:
@@ -121,10 +133,14 @@ class WeightsAndBiases:
         except ImportError as error:
             raise InputError("wandb is on, but not installed: pip install wandb") from error
         self._wandb = wandb
-        name = Path(workdir).resolve().name
+        # A name may be that of many runs; by its own id a run goes on where it was.
+        kept = Path(workdir) / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
         self._run = wandb.init(
-            project="cvjax", dir=str(workdir), name=name, id=name, resume="allow"
-        )
+            project="cvjax", dir=str(workdir), name=Path(workdir).resolve().name,
+            id=kept.read_text(), resume="allow",
+        )  # fmt: skip
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs scalars."""
@@ -151,35 +167,41 @@ class WeightsAndBiases:
 
 
 class Several:
-    """Passes everything on to several writers."""
+    """Passes everything on to several writers; what one cannot write is an InputError."""
 
-    def __init__(self, writers: Sequence[Writer]):
-        self.writers = list(writers)
+    def __init__(self, writers: Sequence[Writer], workdir: str | os.PathLike | None = None):
+        self.writers, self.workdir = list(writers), workdir
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Passes on."""
-        for writer in self.writers:
-            writer.write_scalars(step=step, scalars=scalars)
+        self._each(lambda writer: writer.write_scalars(step=step, scalars=scalars))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Passes on."""
-        for writer in self.writers:
-            writer.write_images(step=step, images=images)
+        self._each(lambda writer: writer.write_images(step=step, images=images))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Passes on."""
-        for writer in self.writers:
-            writer.write_hparams(hparams=hparams)
+        self._each(lambda writer: writer.write_hparams(hparams=hparams))
 
     def flush(self) -> None:
         """Passes on."""
-        for writer in self.writers:
-            writer.flush()
+        self._each(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Passes on."""
-        for writer in self.writers:
-            writer.close()
+        """Closes all, also where one fails."""
+        self._each(lambda writer: writer.close())
+
+    def _each(self, call: Callable[[Writer], None]) -> None:
+        with contextlib.ExitStack() as all_of_them:
+            for writer in reversed(self.writers):
+                all_of_them.callback(self._call, call, writer)
+
+    def _call(self, call: Callable[[Writer], None], writer: Writer) -> None:
+        try:
+            call(writer)
+        except OSError as error:
+            raise InputError(f"workdir {self.workdir} cannot be written: {error}") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -201,5 +223,10 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
+
+
+def _line(row: Mapping[str, float]) -> str:
+    """JSON knows no number that is not finite: it is null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"

@@ -97,6 +97,7 @@ def wandb(monkeypatch):
 
 
 def test_weights_and_biases(tmp_path, wandb):
+    (tmp_path / "run").mkdir()
     writer = WeightsAndBiases(tmp_path / "run")
     writer.write_hparams(hparams={"seed": 3})
     writer.write_scalars(step=5, scalars={"train/loss": 0.25})
@@ -105,10 +106,17 @@ def test_weights_and_biases(tmp_path, wandb):
     writer.close()
     kinds, (_, options) = [call[0] for call in wandb], wandb[0]
     assert kinds == ["init", "config", "log", "log", "finish"]
-    # The same work directory goes on with the same run.
-    assert (options["id"], options["resume"]) == ("run", "allow")
+    assert (options["name"], options["resume"]) == ("run", "allow")
     assert wandb[2][1] == {"train/loss": 0.25, "step": 5}
     assert wandb[3][1]["samples"].dtype == np.uint8 and wandb[3][1]["step"] == 5
+
+
+def test_a_work_directory_is_one_run_of_weights_and_biases_whatever_its_name(tmp_path, wandb):
+    for folder in ("a/seed0", "b/seed0", "a/seed0"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        WeightsAndBiases(tmp_path / folder)
+    one, other, again = (options["id"] for _, options in wandb)
+    assert one == again != other
 
 
 def test_fit_writes_to_weights_and_biases(tmp_path, wandb):
@@ -142,3 +150,38 @@ def test_several_writers_get_everything(tmp_path):
     for folder in ("one", "two"):
         assert json.loads((tmp_path / folder / "metrics.jsonl").read_text())["a/loss"] == 1
         assert (tmp_path / folder / "pictures" / "x_0000001.png").exists()
+
+
+def test_all_writers_are_closed_though_one_cannot_write(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    first, second = JsonLines(tmp_path), TensorBoard(tmp_path)
+    both = Several([first, second], tmp_path)
+    both.write_scalars(step=1, scalars={"train/loss": 1.0})
+    closed = []
+    monkeypatch.setattr("cvjax.draw.curves", full)
+    monkeypatch.setattr(second, "close", lambda: closed.append(True))
+    with pytest.raises(InputError, match="cannot be written: .*No space left on device"):
+        both.close()
+    assert closed and first._file.closed
+
+
+def test_curves_show_every_metric_of_a_task_and_the_first_of_an_evaluator(tmp_path, monkeypatch):
+    writer, drawn = JsonLines(tmp_path), {}
+    monkeypatch.setattr("cvjax.draw.curves", lambda path, curves: drawn.update(curves))
+    writer.write_scalars(1, {"train/elbo": -9.0, "train/nonfinite/model/loss": 1.0, "speed": 3.0})
+    writer.write_scalars(2, {"eval/kl": 1.0, "eval/coco/box_AP": 0.1, "eval/coco/box_AP50": 0.2})
+    writer.close()
+    assert drawn == {"train/elbo": ([1], [-9.0]), "eval/kl": ([2], [1.0]),
+                     "eval/coco/box_AP": ([2], [0.1])}  # fmt: skip
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    writer = JsonLines(tmp_path)
+    writer.write_scalars(1, {"eval/nll": np.nan, "eval/psnr": np.inf, "eval/loss": 2.0})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=None) and "NaN" not in text and "Inf" not in text
+    (row,) = read_json_lines(tmp_path / "metrics.jsonl")
+    assert np.isnan(row["eval/nll"]) and row["eval/loss"] == 2.0
