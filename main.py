@@ -34,10 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.config is None and (flags.workdir is None or flags.mode == "train"):
             raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
         workdir = flags.workdir or default_workdir(flags.config, changes)
-        if flags.mode == "train":
-            config = configs.read(flags.config)
-        else:  # what was trained, also where the recipe has changed since
-            config = configs.load_json(workdir / "config.json")
+        # What was trained is what is evaluated, also where the recipe has changed since.
+        saved = None if flags.mode == "train" else workdir / "config.json"
+        config = configs.load_json(saved) if saved else configs.read(flags.config)
         return run(configs.override(config, changes), workdir, flags.mode)
     except (InputError, NonFiniteError, KeyboardInterrupt) as error:
         if "--debug" in arguments:

@@ -20,7 +20,8 @@ from cvjax.build import build
 from cvjax.data.sources import example_id
 from cvjax.errors import InputError, from_callbacks, nearest
 from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_key
-from cvjax.train.loop import fit, load_state
+from cvjax.train.loop import fit
+from cvjax.train.restore import load_state
 from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
 from cvjax.train.state import TrainState
 from cvjax.train.writers import write_json
@@ -47,7 +48,7 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     stage before it. Other modes are those of the last stage; the config of all is saved, too.
     """
     if "stages" not in config:
-        return _run(config, build(configs.buildable(config)), workdir, mode)
+        return _run(config, _build(config, mode), workdir, mode)
     plain, stages, previous = configs.save_json(config), [], None
     for name in plain["stages"]:  # in their order
         stage = config.stages[name]
@@ -56,8 +57,9 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
                 stage.initialize.path = str(previous)
         previous = workdir / name
         # All are built first: a mistake in the last must not show after the first has trained.
-        stages.append((stage, build(configs.buildable(stage), f"config.stages.{name}"), previous))
-    for stage, built, folder in stages if mode == "train" else stages[-1:]:
+        if mode == "train" or name == list(plain["stages"])[-1]:
+            stages.append((stage, _build(stage, mode, f"config.stages.{name}"), previous))
+    for stage, built, folder in stages:
         log.info("stage %s", folder.name)
         code = _run(stage, built, folder, mode)
         if mode == "train" and workdir.exists() and jax.process_index() == 0:
@@ -69,7 +71,10 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
 
 
 class Run(NamedTuple):
-    """A run that was trained: its task, its newest state, and its data."""
+    """A run that was trained: its task, its newest state, and its data.
+
+    The state is without that of the optimizers, `train` None where the data is no longer there.
+    """
 
     task: Any
     state: TrainState
@@ -86,12 +91,26 @@ def load_run(workdir: Path, changes: list[tuple[str, str]] = ()) -> Run:
       InputError: nothing was saved there, or a change does not fit.
     """
     config = configs.override(configs.load_json(Path(workdir) / "config.json"), changes)
-    built = _built(config, build(configs.buildable(config)))
+    built = _built(config, _build(config, "load"), "load")
     state = _newest_state(built, Path(workdir))
     return Run(built["task"], state, built["data"], built["eval_data"])
 
 
-def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
+def _build(config: ConfigDict, mode: str, path: str = "config") -> dict[str, Any]:
+    """What a config makes; but for training it does without training data that is not there."""
+    plain = configs.buildable(config)
+    try:
+        return build(plain, path)
+    except InputError as error:
+        data = dict(plain.get("data", {}))
+        if mode == "train" or data.pop("train", None) is None or "test" not in data:
+            raise
+        built = build({**plain, "data": data}, path)
+        log.warning("goes on without the training data, its classes are not compared: %s", error)
+        return built
+
+
+def _built(config: ConfigDict, built: dict[str, Any], mode: str) -> dict[str, Any]:
     """What was built as arguments of `fit`, after checks that take the whole config."""
     built = dict(built)
     fields = set(inspect.signature(fit).parameters) - {"workdir", "config", "loader", "eval_data"}
@@ -102,7 +121,7 @@ def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
         if name not in built:
             raise InputError(f"config.{name} is missing")
     data = built.pop("data")
-    if "train" not in data:
+    if "train" not in data and mode == "train":
         raise InputError("config.data.train is missing")
     for name in data:
         if name not in DATA:
@@ -114,11 +133,11 @@ def _built(config: ConfigDict, built: dict[str, Any]) -> dict[str, Any]:
     evaluators = (plain.get("evaluators") or {}) if built["task"].objectives else {}
     check_num_classes(evaluators, data.get("test"), "config.data.test", "config.evaluators")
     check_sigmas(evaluators, data.get("test"))
-    check_class_names(data["train"], data.get("test"))
+    check_class_names(data.get("train"), data.get("test"))
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
     loader["eval_transforms"] = tuple((loader.pop("test_transforms", None) or {}).values())
-    return built | {"data": data["train"], "eval_data": data.get("test"), "loader": loader}
+    return built | {"data": data.get("train"), "eval_data": data.get("test"), "loader": loader}
 
 
 @contextlib.contextmanager
@@ -131,16 +150,18 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 
 def _newest_state(built: dict[str, Any], workdir: Path) -> TrainState:
+    data, loader = built["data"], built["loader"]
+    if data is None:
+        data, loader = built["eval_data"], {**loader, "transforms": loader["eval_transforms"]}
     return load_state(
-        built["task"], built["data"], workdir, steps=built["steps"],
-        batch_size=built["batch_size"], seed=built.get("seed", 0),
-        optimizer=built.get("optimizer"), ema=built.get("ema"), loader=built["loader"],
+        built["task"], data, workdir, batch_size=built["batch_size"], ema=built.get("ema"),
+        loader=loader,
     )  # fmt: skip
 
 
 @from_callbacks()
 def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) -> int:
-    plain, built = configs.save_json(config), _built(config, built)
+    plain, built = configs.save_json(config), _built(config, built, mode)
     if mode == "train":
         saved = workdir / "config.json"
         if saved.exists():
@@ -164,7 +185,8 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
             for name, value in found.items():
                 print(f"{name}: {value:.6g}")
             with _writing(workdir):
-                write_json(workdir / "evaluation.json", found)
+                finite = {k: v if np.isfinite(v) else None for k, v in found.items()}
+                write_json(workdir / "evaluation.json", finite)
                 for name, picture in pictures.items():
                     draw.save_png(workdir / f"{name}.png", np.asarray(picture))
         return 0

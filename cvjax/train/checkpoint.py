@@ -153,7 +153,7 @@ class Checkpoints:
         saved = newest(self.directory)
         if saved is None:
             return None
-        state = _load(saved, like)
+        state = read_state(saved, like)
         self._ours.add(saved.step)
         self._damaged = {step for step in step_folders(self.directory) if step > saved.step}
         return Restored(state, *saved[:-1])
@@ -252,11 +252,16 @@ class Checkpoints:
         return value if self.mode == "max" else -value
 
 
-def _load(saved: Saved, like: TrainState) -> TrainState:
-    """Reads the state from the disk onto the devices of `like`; raises as `restore` does."""
+def read_state(saved: Saved, like: TrainState) -> TrainState:
+    """Reads a state onto the devices of `like`, without `opt_state` if that has none.
+
+    Raises InputError if it is of another model.
+    """
     wanted = flatten(like)
     described = {path: describe(leaf) for path, leaf in wanted.items()}
     for path in described | saved.arrays:
+        if not like.opt_state and path.startswith("opt_state/"):
+            continue
         there, here = saved.arrays.get(path, "absent"), described.get(path, "absent")
         if there != here:
             raise InputError(

@@ -1,7 +1,7 @@
 """The metrics and pictures of the whole of the held-out data."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -9,13 +9,15 @@ import numpy as np
 
 from cvjax.data.loader import Loader
 from cvjax.train import sharding
+from cvjax.train.metrics import means, pairs
 from cvjax.train.state import TrainState
-from cvjax.train.task import Metrics, Task
+from cvjax.train.task import Task
 
 
 class Evaluator(Protocol):
     """Needs the outputs for the whole set; must leave out examples that are not `valid`.
 
+    Each evaluation works with a deep copy of what `fit` was given, as it was given.
     One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
     """
 
@@ -97,23 +99,3 @@ def eval_loader_of(data: Any, batch_size: int, options: Mapping[str, Any] | None
     options = dict(options or {})
     options["transforms"] = options.pop("eval_transforms", ())
     return Loader(data, batch_size, shuffle=False, epochs=1, last="pad", **options)
-
-
-def pairs(metrics: Metrics) -> dict[str, tuple[float, float]]:
-    """The totals and counts of metrics, on the host."""
-    return {name: (float(m.total), float(m.count)) for name, m in jax.device_get(metrics).items()}
-
-
-def means(rows: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """Exact means over several steps; of the `nonfinite/` flags only those that were raised."""
-    totals: dict[str, list[float]] = {}
-    for row in rows:
-        for name, (total, count) in row.items():
-            sums = totals.setdefault(name, [0.0, 0.0])
-            sums[0] += total
-            sums[1] += count
-    return {
-        name: total if name.startswith("nonfinite/") else total / count
-        for name, (total, count) in totals.items()
-        if count and (total or not name.startswith("nonfinite/"))
-    }

@@ -8,29 +8,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
 from cvjax.errors import InputError
 
 
 class Signals:
-    """Within this context SIGTERM and Ctrl-C only set `received`, so that a step can finish.
+    """Within this context SIGTERM and Ctrl-C only ask for a stop, so that a step can finish.
 
     A second Ctrl-C exits at once. Outside the main thread (some notebooks) nothing is changed.
+    Several processes stop together, whichever was asked: one that left alone would wait for the
+    others at the checkpoint, and they for it in the next step. SIGTERM is then left to JAX, whose
+    service agrees on the step.
+
+    Attributes:
+      received: the signal after which the run stops, or None.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self._asked: int | None = None
         self._before: dict[int, object] = {}
 
+    def stops(self, step: int) -> bool:
+        """Whether the run stops after `step`, the same in all processes; to be asked each step."""
+        if jax.process_count() == 1:
+            self.received = self._asked
+        elif reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._asked is not None and number == signal.SIGINT:
             os._exit(128 + number)
-        self.received = number
+        self._asked = number
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing the step and saving; Ctrl-C exits at once\n".encode())
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            ours = (signal.SIGTERM, signal.SIGINT)
+            for number in ours if jax.process_count() == 1 else ours[1:]:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -43,12 +64,12 @@ class DirectoryLock:
     """Holds `<directory>/lock`; the kernel lets go of it when the process ends, however it ends."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Raises InputError, with the other's pid, when another run holds it."""
+        """Raises InputError when another run holds it, with its pid, or it cannot be locked."""
         path = Path(directory) / "lock"
         self._file = path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.seek(0)
             pid = self._file.read().strip() or "unknown"
             self._file.close()
@@ -56,6 +77,9 @@ class DirectoryLock:
                 f"workdir {directory} is in use by the run with pid {pid}; "
                 "choose another --workdir, or stop that run"
             ) from None
+        except OSError as error:  # not every file system of a network can
+            self._file.close()
+            raise InputError(f"workdir {directory} cannot be locked: {error.strerror}") from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
@@ -63,6 +87,12 @@ class DirectoryLock:
     def release(self) -> None:
         """Lets another run in."""
         self._file.close()
+
+    def __enter__(self) -> "DirectoryLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 class NonFiniteError(RuntimeError):

@@ -1,8 +1,10 @@
 """`fit`: the one training loop. It takes objects, not a config."""
 
 import collections
+import contextlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +19,18 @@ from cvjax.data.loader import Loader
 from cvjax.errors import InputError, nearest
 from cvjax.train import sharding
 from cvjax.train.checkpoint import Checkpoints
-from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of, means, pairs
-from cvjax.train.guards import DirectoryLock, NonFiniteGuard, Signals
+from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of
+from cvjax.train.guards import DirectoryLock, NonFiniteError, NonFiniteGuard, Signals
+from cvjax.train.metrics import Window
 from cvjax.train.optimizer import micro_batches
 from cvjax.train.progress import Progress
-from cvjax.train.start import example_batch, initialized, shapes_of, state_maker
+from cvjax.train.start import (
+    example_batch,
+    initialized,
+    shapes_of,
+    state_maker,
+    use_compilation_cache,
+)
 from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, make_train_step
 from cvjax.train.task import Task
@@ -122,7 +131,9 @@ def fit(
             check_count(1, **{name: value})
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
-    _use_compilation_cache()
+    if parallel == "pmap" and jax.process_count() > 1:
+        raise InputError("parallel is 'pmap', which is for one process; it must be 'jit'")
+    use_compilation_cache()
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
     if not task.objectives:
@@ -149,54 +160,42 @@ def fit(
     step = step or make_train_step(task, optimizers, averages, axis, scanned)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
 
-    made_workdir = False
-    lock = checkpoints = None
-    writer, history = Several([]), []
-    try:
-        restored, position = None, 0
+    with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
+        is_new = checkpoints = restored = None
         if workdir:
             is_new = _make_directory(workdir)
-            lock = DirectoryLock(workdir) if is_primary else None
-            made_workdir = is_new and is_primary  # known by the lock: another may have come first
-            checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
-            restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
-        if restored is not None:
-            state, position = restored.state, restored.position
-        else:
-            state = make_state(rng, example)
-            if initialize is not None:
-                state = initialized(state, initialize, mesh)
+            if is_primary:
+                closing.enter_context(DirectoryLock(workdir))
+            checkpoints = closing.enter_context(
+                Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
+            )
+        # Known by the lock: another run may have come first.
+        with _removed_if_refused(workdir if is_new and is_primary else None):
             if checkpoints:
-                checkpoints.prove_round_trip(state)
-        if workdir and is_primary:
-            if config is not None:
-                write_json(workdir / "config.json", config)
-            kinds = [JsonLines] + [TensorBoard] * tensorboard + [WeightsAndBiases] * wandb
-            writer = Several([kind(workdir, position // micro) for kind in kinds])
-            history = writer.writers[0].rows
-            writer.write_hparams(hparams=config or {})
-        made_workdir = False
+                restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
+            if restored:
+                state, position = restored.state, restored.position
+            else:
+                state, position = make_state(rng, example), 0
+                if initialize is not None:
+                    state = initialized(state, initialize, optimizers, mesh)
+                if checkpoints:
+                    checkpoints.prove_round_trip(state)
+            writer, history = Several([], workdir), []
+            if workdir and is_primary:
+                if config is not None:
+                    write_json(workdir / "config.json", config)
+                kinds = [JsonLines] + [TensorBoard] * tensorboard + [WeightsAndBiases] * wandb
+                closing.callback(writer.close)
+                for kind in kinds:
+                    writer.writers.append(kind(workdir, position // micro))
+                history = writer.writers[0].rows
+                writer.write_hparams(hparams=config or {})
 
         _describe(task, state, example, mesh, position // micro, workdir)
         evaluate_state = Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
-        guard, rates = NonFiniteGuard(max_nonfinite), _schedules(optimizer, steps)
+        window, rates = Window(NonFiniteGuard(max_nonfinite)), _schedules(optimizer, steps)
         total, saved = steps * micro, None
-        result = Result(state, history, None, workdir)
-        pending: collections.deque = collections.deque()
-        window: list[dict[str, tuple[float, float]]] = []
-
-        def collect() -> None:
-            """Reads the oldest step's metrics: waiting for it keeps the device's queue short."""
-            at, metrics = pending.popleft()
-            metrics = pairs(metrics)
-            if guard.check(at, {name: total for name, (total, _) in metrics.items()}):
-                window.append(metrics)
-            else:
-                bad = [
-                    n for n, (total, _) in metrics.items() if n.startswith("nonfinite/") and total
-                ]
-                window.append({name: metrics[name] for name in bad})
-                log.warning("step %d skipped: %s", at, ", ".join(bad))
 
         def save(wait: bool = False, metrics: Mapping[str, float] | None = None) -> None:
             nonlocal saved
@@ -209,31 +208,26 @@ def fit(
 
         with Signals() as signals, Progress(total // micro, position // micro) as progress:
             batches = _timed(train_loader.iterate(position), progress)
-            while position < total and signals.received is None:
-                state, metrics = compiled(state, sharding.put_batch(next(batches), mesh))
-                position += 1
-                pending.append((position, metrics))
-                if len(pending) > 2:
-                    collect()
-                if checkpoints:
-                    checkpoints.raise_failed_save()
-                if position % micro:
-                    continue
-                update, ends = position // micro, position == total
-                progress.advance(update)
-                evaluating = ends or (evaluate_every and update % evaluate_every == 0)
-                if update % log_every == 0 or ends or evaluating:
-                    while pending:
-                        collect()
-                    row = {f"train/{name}": value for name, value in means(window).items()}
-                    row |= {name: float(rate(update)) for name, rate in rates.items()}
-                    row |= progress.measure(update, batch_size * micro * scanned)
-                    window.clear()
-                    progress.show(update, row)
-                    _record(writer, history, update, row)
-                found = {}
-                if evaluating and eval_loader is not None:
-                    try:
+            try:
+                while position < total and not signals.stops(position):
+                    state, metrics = compiled(state, sharding.put_batch(next(batches), mesh))
+                    position += 1
+                    window.add(position, metrics)
+                    if checkpoints:
+                        checkpoints.raise_failed_save()
+                    if position % micro:
+                        continue
+                    update, ends = position // micro, position == total
+                    progress.advance(update)
+                    evaluating = ends or (evaluate_every and update % evaluate_every == 0)
+                    if update % log_every == 0 or ends or evaluating:
+                        row = {f"train/{name}": value for name, value in window.finish().items()}
+                        row |= {name: float(rate(update)) for name, rate in rates.items()}
+                        row |= progress.measure(update, batch_size * micro * scanned)
+                        progress.show(update, row)
+                        _record(writer, history, update, row)
+                    found = {}
+                    if evaluating and eval_loader is not None:
                         with progress.paused():
                             found, pictures = evaluate_state(state)
                         row = {f"eval/{name}": value for name, value in found.items()}
@@ -245,64 +239,20 @@ def fit(
                             raise InputError(
                                 f"best is {best!r}, which was not evaluated{nearest(best, found)}"
                             )
-                    except Exception as error:  # what was trained is not lost for it
-                        save(wait=True)
-                        if isinstance(error, OSError):
-                            raise InputError(f"workdir {workdir}: {error}") from error
-                        raise
-                every = checkpoint_every or evaluate_every
-                if ends or (every and update % every == 0):
-                    save(metrics=found)
-            while pending:
-                collect()
+                    every = checkpoint_every or evaluate_every
+                    if ends or (every and update % every == 0):
+                        save(metrics=found)
+                window.finish()
+            except Exception as error:
+                # Data, an evaluator or the disk may fail: what was trained is not lost for it. Of
+                # several processes the others know nothing of it, and would not save.
+                is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+                if is_whole and not isinstance(error, NonFiniteError) and jax.process_count() == 1:
+                    save(wait=True)
+                raise
             save(wait=True)
-            result.state, result.received = state, signals.received
-        if checkpoints:
-            checkpoints.close()
-            checkpoints = None
         progress.summary()
-        return result
-    except InputError:
-        if made_workdir and workdir.exists():
-            _remove(workdir)
-        raise
-    finally:
-        writer.close()
-        if checkpoints:  # an error ends the run: what was being saved is still finished
-            checkpoints.__exit__(RuntimeError)
-        if lock:
-            lock.release()
-
-
-def load_state(
-    task: Task,
-    data: Any,
-    workdir: str | os.PathLike,
-    *,
-    steps: int,
-    batch_size: int,
-    optimizer: Any = None,
-    ema: float | Decay | Mapping[str, Decay] | None = None,
-    seed: int = 0,
-    loader: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """The newest valid state of the run in `workdir`; the arguments are those given to `fit`.
-
-    Raises InputError when there is none, or when it is the state of another model.
-    """
-    _use_compilation_cache()
-    mesh, rng = sharding.data_mesh(), jax.random.key(seed)
-    example = example_batch(task, data, batch_size, loader)
-    make_state, _, _ = state_maker(task, example, rng, optimizer, ema, steps, mesh)
-    folder = Path(workdir) / "checkpoints"
-    if not folder.is_dir():
-        raise InputError(f"workdir {workdir} has no checkpoint; train first")
-    with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
-    if restored is None:
-        raise InputError(f"workdir {workdir} has no checkpoint; train first")
-    log.info("loaded step %d of %s", restored.step, workdir)
-    return restored.state
+        return Result(state, history, signals.received, workdir)
 
 
 def _record(writer: Several, history: list, step: int, row: dict[str, float]) -> None:
@@ -357,15 +307,12 @@ def _make_directory(path: Path) -> bool:
     return is_new
 
 
-def _remove(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless the person chose a place or none."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "cvjax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+@contextlib.contextmanager
+def _removed_if_refused(directory: Path | None) -> Iterator[None]:
+    """A directory that was made for a run which cannot begin does not stay behind."""
+    try:
+        yield
+    except InputError:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise

@@ -1,14 +1,18 @@
-"""What a saved run has learned, or a part of it, as the beginning of another model."""
+"""What a saved run has learned: all of it, or a part as the beginning of another model."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from cvjax.errors import InputError, nearest
+from cvjax.train import sharding
+from cvjax.train.checkpoint import read_state
 from cvjax.train.checkpoint_files import (
     METADATA,
     Saved,
@@ -19,9 +23,14 @@ from cvjax.train.checkpoint_files import (
     read_arrays,
     read_metadata,
 )
-from cvjax.train.state import Params, PyTree
+from cvjax.train.start import example_batch, shapes_of, state_maker, use_compilation_cache
+from cvjax.train.state import Params, PyTree, TrainState
+from cvjax.train.step import Decay
+from cvjax.train.task import Task
 
 STATE = "model_state/"
+
+log = logging.getLogger("cvjax")
 
 
 class Row(NamedTuple):
@@ -117,6 +126,35 @@ def load_params(
         for name, leaf in target.items()
     ]
     return *jax.tree.unflatten(jax.tree.structure(tree), leaves), Table(tuple(rows.values()))
+
+
+def load_state(
+    task: Task,
+    data: Any,
+    workdir: str | os.PathLike,
+    *,
+    batch_size: int,
+    ema: float | Decay | Mapping[str, Decay] | None = None,
+    loader: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """The newest valid state of the run in `workdir`, to predict with: `opt_state` is {}.
+
+    `task`, `ema` and `loader` are those given to `fit`; of `data` only the shapes matter, so that
+    it may be other data.
+
+    Raises InputError when there is none, or when it is the state of another model.
+    """
+    use_compilation_cache()
+    mesh, rng = sharding.data_mesh(), jax.random.key(0)
+    example = example_batch(task, data, batch_size, loader)
+    make_state, _, _ = state_maker(task, example, rng, optax.identity(), ema, 1, mesh)
+    like = shapes_of(make_state, rng, example, mesh).replace(opt_state={})
+    saved = newest(Path(workdir) / "checkpoints")
+    if saved is None:
+        raise InputError(f"workdir {workdir} has no checkpoint; train first")
+    state = read_state(saved, like)
+    log.info("loaded step %d of %s", saved.step, workdir)
+    return state
 
 
 def _find(path: Path) -> Saved:

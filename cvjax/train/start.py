@@ -1,7 +1,9 @@
 """What a run has before its first step: an example of a batch, and the first state."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,10 +69,24 @@ def shapes_of(make_state: Callable, rng: jax.Array, example: Any, mesh: Mesh) ->
     )
 
 
-def initialized(state: TrainState, initialize: Callable, mesh: Mesh) -> TrainState:
-    """The state with other params and model state, and averages that start as copies."""
+def initialized(
+    state: TrainState, initialize: Callable, optimizers: Mapping[str, Any], mesh: Mesh
+) -> TrainState:
+    """The state with other params and model state; averages and optimizers start from these."""
     params, model_state, table = initialize(state.params, state.model_state)
     log.info("%s", table)
+    # Some optimizers begin with a copy of the params (optax.contrib.schedule_free).
+    start = jax.jit(
+        lambda params: {name: one.init(params[name]) for name, one in optimizers.items()}
+    )
     ema = {name: params[name] for name in state.ema}
-    state = state.replace(params=params, model_state=model_state, ema=ema)
+    state = state.replace(params=params, model_state=model_state, ema=ema, opt_state=start(params))
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless the person chose a place or none."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "cvjax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

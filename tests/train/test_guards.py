@@ -28,9 +28,9 @@ def test_no_bad_step_is_allowed_with_a_limit_of_0():
 def test_a_signal_is_kept_for_the_end_of_the_step():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Signals() as signals:
-        assert signals.received is None
+        assert not signals.stops(1) and signals.received is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
+        assert signals.stops(2) and signals.received == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -53,6 +53,15 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(tmp_path):
         DirectoryLock(tmp_path)
     lock.release()
     DirectoryLock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(InputError, match="cannot be locked: Operation not supported"):
+        DirectoryLock(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):

@@ -11,10 +11,10 @@ from cvjax.errors import InputError
 from cvjax.train import loop
 from cvjax.train.evaluation import evaluate
 from cvjax.train.guards import DirectoryLock, NonFiniteError
-from cvjax.train.loop import fit, load_state
+from cvjax.train.loop import fit
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import Optimizer
-from cvjax.train.restore import load_params
+from cvjax.train.restore import load_params, load_state
 from cvjax.train.task import example_keys, first_row
 from cvjax.train.writers import read_json_lines
 from tests.train.toys import Adversarial, Linear, Network, Regression
@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypa
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr("cvjax.draw.save_png", full)
-        with pytest.raises(InputError, match="run: .*No space left on device"):
+        with pytest.raises(InputError, match="run cannot be written: .*No space left"):
             fit(Regression(), Linear(), **options)
     assert int(fit(Regression(), Linear(), **options).state.step) == 2
 
@@ -274,13 +274,57 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
     assert [x.shape for x in leaves(second.state.ema)] == [x.shape for x in leaves(first.state.ema)]
 
 
+class Still(Regression):
+    """Has no gradient."""
+
+    def loss(self, params, state, batch, rng):
+        value, others = super().loss(params, state, batch, rng)
+        return 0 * value, others
+
+
+def test_an_optimizer_that_keeps_parameters_starts_from_the_given_ones(tmp_path):
+    """schedule_free begins with a copy: of the random ones it would go back to these."""
+    optimizer = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+
+    def initialize(params, model_state):
+        return jax.tree.map(np.ones_like, params), model_state, "all ones"
+
+    result = fit(
+        Still(), Linear(), steps=1, batch_size=8, optimizer=optimizer, initialize=initialize
+    )
+    assert all((leaf == 1).all() for leaf in leaves(result.state.params))
+
+
+class Worn(Linear):
+    """A source that fails for good at some time."""
+
+    reads: ClassVar[list] = []
+
+    def __getitem__(self, index):
+        Worn.reads.append(index)
+        if len(Worn.reads) > 60:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def test_what_was_trained_is_kept_when_the_data_fails(tmp_path):
+    options = dict(batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match="the disk is gone"):
+        fit(Regression(), Worn(), steps=100, loader=dict(retries=0), **options)
+    assert int(load_state(Regression(), Linear(), tmp_path / "run", batch_size=8).step) > 2
+
+
 def test_loading_another_model_is_one_line(tmp_path):
-    options = dict(steps=1, batch_size=16, optimizer=optax.sgd(0.1))
-    fit(Regression(), Linear(), workdir=tmp_path, tensorboard=False, **options)
+    options = dict(steps=1, optimizer=optax.adam(0.1), tensorboard=False)
+    last = fit(Regression(), Linear(), batch_size=16, workdir=tmp_path, **options).state
     with pytest.raises(InputError, match="Dense_0/bias is float32.8. there, float32.9. here"):
-        load_state(Regression(Network(width=9)), Linear(), tmp_path, **options)
+        load_state(Regression(Network(width=9)), Linear(), tmp_path, batch_size=16)
     with pytest.raises(InputError, match="no checkpoint"):
-        load_state(Regression(), Linear(), tmp_path / "nowhere", **options)
+        load_state(Regression(), Linear(), tmp_path / "nowhere", batch_size=16)
+    state = load_state(Regression(), Linear(40), tmp_path, batch_size=8)
+    assert state.opt_state == {} and int(state.step) == 1
+    for one, two in zip(leaves(last.params), leaves(state.params), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_a_step_of_ones_own():
