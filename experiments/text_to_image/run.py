@@ -102,11 +102,12 @@ def run(workdir: Path, judge_workdir: Path, count: int, seed: int) -> dict[str, 
     def fill(known):
         denoise = base.denoiser(base_state.averaged_params, few)
         keys = example_keys(rng, len(known))
-        filled = repaint(denoise, base.process, keys, known, jnp.asarray(is_known), 25, repeats=4)
-        return jnp.clip((filled + 1) / 2, 0, 1)
+        return repaint(denoise, base.process, keys, known, jnp.asarray(is_known), 25, repeats=4)
 
-    filled = np.asarray(fill(jnp.asarray(2 * small - 1)))
-    result["largest change of a known pixel"] = float(np.abs(filled - small)[is_known].max())
+    known = 2 * small - 1
+    filled = np.asarray(fill(jnp.asarray(known)))
+    result["largest change of a known pixel"] = float(np.abs(filled - known)[is_known].max())
+    filled = np.clip((filled + 1) / 2, 0, 1)
     holes = np.where(is_known, small, 0.5)
     draw.save_png(workdir / "samples.png", draw.grid(rows, 8))
     draw.save_png(workdir / "inpainting.png", draw.grid(np.concatenate([holes, filled, small]), 16))
