@@ -1,4 +1,4 @@
-"""The plan of the house holds: who imports whom, what is declared, how long the engine is."""
+"""The plan of the house holds: who imports whom, what is declared, how long main.py is."""
 
 import ast
 import importlib.metadata
@@ -80,3 +80,15 @@ def test_importing_everything_needs_neither_tensorflow_nor_torch():
 
 def test_main_stays_short():
     assert len((ROOT / "main.py").read_text().splitlines()) < 80
+
+
+def test_the_names_of_a_notebook_come_when_they_are_asked_for():
+    code = (
+        "import sys, cvjax; assert 'jax' not in sys.modules; assert {'fit'} < set(dir(cvjax))\n"
+        "from cvjax import InputError, fit, load_run; from cvjax.train import loop\n"
+        "assert fit is loop.fit and not hasattr(cvjax, 'fitt'); print(cvjax.__version__)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == importlib.metadata.version("cvjax")
