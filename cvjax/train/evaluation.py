@@ -53,9 +53,16 @@ class Evaluation:
     ):
         self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
         self.rng = jax.random.key(seed)
+
+        def measure(params, model_state, batch, place, rng, key):
+            metrics = task.evaluate(params, model_state, batch, rng)
+            if not evaluators:
+                return metrics, {}
+            return metrics, task.predict(params, model_state, {**batch, **place}, key)
+
+        # One program: what both work out alike, such as the network's outputs, it does once.
         whole = sharding.replicated(mesh)
-        self.evaluate = jax.jit(task.evaluate, out_shardings=whole)
-        self.predict = jax.jit(task.predict, out_shardings=whole)
+        self.measure = jax.jit(measure, out_shardings=whole)
         self.visualize = jax.jit(task.visualize, out_shardings=whole)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -66,13 +73,14 @@ class Evaluation:
         for number, batch in enumerate(self.loader.iterate()):
             rng = jax.random.fold_in(self.rng, number)
             on_device = sharding.put_whole_batch(batch, self.mesh)
-            sums.append(pairs(self.evaluate(params, model_state, on_device, rng)))
-            if evaluators:
-                index = sharding.put_whole_batch(places(batch, number), self.mesh)
-                placed, key = {**on_device, **index}, prediction_key(self.rng)
-                outputs = jax.device_get(self.predict(params, model_state, placed, key))
-                for evaluator in evaluators.values():
-                    evaluator.add(outputs, batch)
+            place = sharding.put_whole_batch(places(batch, number), self.mesh)
+            metrics, outputs = self.measure(
+                params, model_state, on_device, place, rng, prediction_key(self.rng)
+            )
+            sums.append(pairs(metrics))
+            outputs = jax.device_get(outputs)
+            for evaluator in evaluators.values():
+                evaluator.add(outputs, batch)
             if number == 0:
                 pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
         found = means(sums)
