@@ -68,18 +68,21 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def check_unit(images: jax.Array | np.ndarray) -> None:
+def check_unit(
+    images: jax.Array | np.ndarray, expected: str = "they must be floats in [0, 1]"
+) -> None:
     """Raises InputError for images that are no floats or, outside of jit, not in [0, 1].
 
-    A rounding error outside passes; 0..255 and -1..1 do not.
+    A rounding error outside passes, as bicubic scaling leaves it; 0..255 and -1..1 do not. The line
+    ends with what is `expected`.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise InputError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
+        raise InputError(f"images have dtype {images.dtype}; {expected}")
     if isinstance(images, jax.core.Tracer) or not images.size:
         return
     low, high = float(images.min()), float(images.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
-        raise InputError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
+        raise InputError(f"images have values from {low:.4g} to {high:.4g}; {expected}")
 
 
 def check_choices(owner: object, **choices: Collection) -> None:
