@@ -4,6 +4,7 @@ Arguments of functions are given by name with their value, `check_count(1, copie
 of an object by their names alone, `check_at_least(self, copies=1)`: the line names its class.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import jax
@@ -22,7 +23,8 @@ def check_between(low: float, high: float, **settings: float) -> None:
         if isinstance(value, bool) or not isinstance(value, _NUMBER):
             raise InputError(f"{name} is {value!r}; it must be a number")
         if not low <= value <= high:
-            raise InputError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
+            bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise InputError(f"{name} is {value}; it must be {bounds}")
 
 
 def check_count(least: int, **settings: int) -> None:
@@ -103,14 +105,13 @@ def check_at_least(owner: object, **least: float) -> None:
     None is passed over. Of a tuple, which cannot be empty, each number counts.
     """
     for field, bound in least.items():
-        value = getattr(owner, field)
-        several = isinstance(value, tuple | list)
-        numbers = value if several else (value,)
-        if value is not None and not (numbers and all(number >= bound for number in numbers)):
-            raise InputError(
-                f"{_named(owner, field)} is {value!r}; {'each' if several else 'it'} must be at "
-                f"least {bound}"
-            )
+        name, value = _named(owner, field), getattr(owner, field)
+        if isinstance(value, tuple | list):
+            if not value:
+                raise InputError(f"{name} is {value}; it must have at least one number")
+            check_between(bound, math.inf, **{f"{name}[{i}]": x for i, x in enumerate(value)})
+        elif value is not None:
+            check_between(bound, math.inf, **{name: value})
 
 
 def _named(owner: object, field: str) -> str:
