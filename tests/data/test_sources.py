@@ -295,6 +295,13 @@ def test_jpegs_of_other_kinds_are_those_of_pillow_too(tmp_path):
             Folder(tmp_path, max_pixels=959)[number]
 
 
+def test_an_annotated_jpeg_is_turned_by_xmp_too(tmp_path):
+    """As Pillow does and OpenCV does not: its boxes are of what Pillow shows."""
+    xmp = b'<x><rdf:Description tiff:Orientation="6"/></x>'
+    save(tmp_path / "a.jpg", picture(4, 6), xmp=xmp)
+    assert read_image(tmp_path / "a.jpg", 3, 2**20).shape == (6, 4, 3)
+
+
 def test_of_16_bits_the_higher_8_are_kept(tmp_path):
     """Pillow alone would make white of all above 255."""
     levels = np.arange(0, 2**16, 61, np.uint16)[:1024].reshape(16, 64)
