@@ -4,6 +4,7 @@ Arguments of functions are given by name with their value, `check_count(1, copie
 of an object by their names alone, `check_at_least(self, copies=1)`: the line names its class.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import jax
@@ -22,7 +23,8 @@ def check_between(low: float, high: float, **settings: float) -> None:
         if isinstance(value, bool) or not isinstance(value, _NUMBER):
             raise InputError(f"{name} is {value!r}; it must be a number")
         if not low <= value <= high:
-            raise InputError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
+            bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise InputError(f"{name} is {value}; it must be {bounds}")
 
 
 def check_count(least: int, **settings: int) -> None:
@@ -68,18 +70,21 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def check_unit(images: jax.Array | np.ndarray) -> None:
+def check_unit(
+    images: jax.Array | np.ndarray, expected: str = "they must be floats in [0, 1]"
+) -> None:
     """Raises InputError for images that are no floats or, outside of jit, not in [0, 1].
 
-    A rounding error outside passes; 0..255 and -1..1 do not.
+    A rounding error outside passes, as bicubic scaling leaves it; 0..255 and -1..1 do not. The line
+    ends with what is `expected`.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise InputError(f"images have dtype {images.dtype}; they must be floats in [0, 1]")
+        raise InputError(f"images have dtype {images.dtype}; {expected}")
     if isinstance(images, jax.core.Tracer) or not images.size:
         return
     low, high = float(images.min()), float(images.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
-        raise InputError(f"images have values from {low:.4g} to {high:.4g}; expected [0, 1]")
+        raise InputError(f"images have values from {low:.4g} to {high:.4g}; {expected}")
 
 
 def check_choices(owner: object, **choices: Collection) -> None:
@@ -100,14 +105,13 @@ def check_at_least(owner: object, **least: float) -> None:
     None is passed over. Of a tuple, which cannot be empty, each number counts.
     """
     for field, bound in least.items():
-        value = getattr(owner, field)
-        several = isinstance(value, tuple | list)
-        numbers = value if several else (value,)
-        if value is not None and not (numbers and all(number >= bound for number in numbers)):
-            raise InputError(
-                f"{_named(owner, field)} is {value!r}; {'each' if several else 'it'} must be at "
-                f"least {bound}"
-            )
+        name, value = _named(owner, field), getattr(owner, field)
+        if isinstance(value, tuple | list):
+            if not value:
+                raise InputError(f"{name} is {value}; it must have at least one number")
+            check_between(bound, math.inf, **{f"{name}[{i}]": x for i, x in enumerate(value)})
+        elif value is not None:
+            check_between(bound, math.inf, **{name: value})
 
 
 def _named(owner: object, field: str) -> str:

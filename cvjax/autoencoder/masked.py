@@ -15,6 +15,7 @@ from cvjax import draw
 from cvjax.autoencoder.task import images_of
 from cvjax.data.ranges import check_unit_images
 from cvjax.errors import InputError
+from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 from cvjax.nn.vit import Block, ViT
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
@@ -184,15 +185,13 @@ def patches_of(image: jax.Array, patch: int) -> jax.Array:
     b, h, w, c = image.shape
     if h % patch or w % patch:
         raise InputError(f"images are {h} x {w}; they must be multiples of patch={patch}")
-    x = image.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
-    return x.reshape(b, h // patch * (w // patch), patch * patch * c)
+    return space_to_depth(image, patch).reshape(b, -1, patch * patch * c)
 
 
 def image_of(patches: jax.Array, patch: int, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `patches_of`: images of `shape` [b, h, w, c]."""
-    b, h, w, c = shape
-    x = patches.reshape(b, h // patch, w // patch, patch, patch, c).swapaxes(2, 3)
-    return x.reshape(shape)
+    b, h, w, _ = shape
+    return depth_to_space(patches.reshape(b, h // patch, w // patch, -1), patch)
 
 
 def _scaled(image: jax.Array) -> jax.Array:

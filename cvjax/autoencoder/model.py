@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from cvjax.errors import InputError
-from cvjax.nn.unet import depth_to_space
+from cvjax.nn.space_to_depth import depth_to_space
 
 
 class Encoder(nn.Module):

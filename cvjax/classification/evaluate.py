@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score
 
 from cvjax import draw
 from cvjax.checks import check_count
+from cvjax.data.ranges import check_labels
 from cvjax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
@@ -175,11 +176,7 @@ def _number(label: np.ndarray, classes: int, evaluator: str) -> np.ndarray:
             f"{evaluator}: label is {label.dtype} {list(label.shape)}; it must be a whole number "
             f"for each image, or a probability for each of {classes} classes"
         )
-    wrong = label[(label < 0) | (label >= classes)]
-    if wrong.size:
-        raise InputError(
-            f"{evaluator}: there is the label {wrong[0]}, but the classes are 0..{classes - 1}"
-        )
+    check_labels(label, classes, f"{evaluator}: label")
     return label
 
 

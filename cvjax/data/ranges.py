@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cvjax.checks import check_unit
 from cvjax.errors import InputError
 
 
@@ -12,12 +13,10 @@ def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
 
     What `fit` asks, before it begins, a task that has a `check`.
     """
-    image = np.asarray(batch["image"])[np.asarray(batch["valid"])]
-    if not (image.min(initial=0) >= 0 and image.max(initial=1) <= 1):  # NaN is neither
-        raise InputError(
-            f"images have values from {image.min():.4g} to {image.max():.4g}; this task takes "
-            "them in [0, 1]: give uint8, which the loader divides by 255, or rescale"
-        )
+    check_unit(
+        np.asarray(batch["image"])[np.asarray(batch["valid"])],
+        "this task takes them in [0, 1]: give uint8, which the loader divides by 255, or rescale",
+    )
 
 
 def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[float, ...]) -> None:

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from cvjax.errors import InputError
 from cvjax.nn.fast_conv import fast_conv
-from cvjax.nn.unet import depth_to_space
+from cvjax.nn.space_to_depth import depth_to_space
 
 
 class Deconvolution(nn.Module):

@@ -14,6 +14,7 @@ import numpy as np
 
 from cvjax import draw
 from cvjax.checks import check_count
+from cvjax.data.ranges import check_labels
 from cvjax.detection.overlap import box_area, box_overlap, keypoint_similarity, mask_overlap
 from cvjax.errors import InputError
 
@@ -83,7 +84,8 @@ class CocoEvaluator:
             }
             names = ("box_label", "boxes", *self.parts, "masks", "crowd", "ignore", "area")
             truth = {name: np.asarray(batch[name])[row][real] for name in names if name in batch}
-            _check_labels(self.num_classes, labels=found["labels"], box_label=truth["box_label"])
+            check_labels(found["labels"], self.num_classes, "labels")
+            check_labels(truth["box_label"], self.num_classes, "box_label")
             truth = {**truth, **_usual(truth)}
             pixel = float(np.asarray(batch["scale"])[row]) ** 2 if "scale" in batch else 1.0
             for label in np.union1d(found["labels"], truth["box_label"]):
@@ -245,7 +247,8 @@ class VocEvaluator:
                 np.asarray(outputs[name])[row][keep] for name in ("boxes", "scores", "labels")
             )
             truth, classes = (np.asarray(batch[name])[row][real] for name in ("boxes", "box_label"))
-            _check_labels(self.num_classes, labels=labels, box_label=classes)
+            check_labels(labels, self.num_classes, "labels")
+            check_labels(classes, self.num_classes, "box_label")
             ignore = _real(batch["ignore"], row)[real] if "ignore" in batch else classes < 0
             for label in np.union1d(labels, classes):
                 there, order = classes == label, np.argsort(-scores, kind="stable")
@@ -369,10 +372,3 @@ def _check_classes(num_classes: int, names: Sequence[str] | None) -> None:
     check_count(1, num_classes=num_classes)
     if names and len(names) < num_classes:
         raise InputError(f"{len(names)} class_names are fewer than num_classes={num_classes}")
-
-
-def _check_labels(num_classes: int, **labels: np.ndarray) -> None:
-    for name, values in labels.items():
-        wrong = values[(values < 0) | (values >= num_classes)]
-        if wrong.size:
-            raise InputError(f"{name} has the class {wrong[0]}, but num_classes is {num_classes}")

@@ -14,7 +14,7 @@ from cvjax.detection.deconvolution import Deconvolution
 from cvjax.detection.dense import Detections
 from cvjax.detection.sampling import Samples
 from cvjax.errors import InputError
-from cvjax.nn.bicubic import A
+from cvjax.nn.bicubic import cubic_weight
 from cvjax.nn.convolution import convolution
 
 
@@ -137,11 +137,8 @@ def peaks(maps: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array
         first = jnp.floor(place)
         weights = jnp.zeros((length, cells))
         for tap in (-1, 0, 1, 2):
-            away = jnp.abs(place - first - tap)
-            near = (A + 2) * away**3 - (A + 3) * away**2 + 1
-            far = A * (away**3 - 5 * away**2 + 8 * away - 4)
+            weight = cubic_weight(jnp.abs(place - first - tap))
             index = jnp.clip(first + tap, 0, cells - 1)
-            weight = jnp.where(away <= 1, near, far)
             weights += jnp.where(jnp.arange(cells) == index[:, None], weight[:, None], 0.0)
         return weights, pixel < count, count
 

@@ -22,7 +22,7 @@ from cvjax.detection.dense import Detections
 from cvjax.detection.losses import check_normalizer, normalized
 from cvjax.detection.roi_align import fpn_levels, roi_align
 from cvjax.detection.sampling import Samples, foreground_rows, sample
-from cvjax.nn.unet import space_to_depth
+from cvjax.nn.space_to_depth import space_to_depth
 
 Outputs = dict[str, Any]
 

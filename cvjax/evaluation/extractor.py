@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cvjax.checks import check_unit
 from cvjax.errors import InputError
 
 PyTree = Any
@@ -128,14 +129,9 @@ class Extractor:
 
 
 def unit(images: ArrayLike) -> np.ndarray:
-    """Images as float32 in [0, 1]; uint8 are divided by 255, others must be in that range."""
+    """Images as float32 in [0, 1]; uint8 are divided by 255, others must be floats in it."""
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 255
-    # The slack is for a decoder that rounds; NaN is refused too.
-    if not (images.min(initial=0) >= -1e-3 and images.max(initial=1) <= 1 + 1e-3):
-        raise InputError(
-            f"images have values from {images.min():g} to {images.max():g}; uint8, or float in "
-            "[0, 1] is needed"
-        )
+    check_unit(images, "they must be uint8, or floats in [0, 1]")
     return images.astype(np.float32).clip(0, 1)

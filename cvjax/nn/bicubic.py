@@ -7,6 +7,14 @@ import numpy as np
 A = -0.75  # the free parameter of the kernel, as in torch and OpenCV
 
 
+def cubic_weight(distance: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Keys' equation 4: the weight of a pixel at a distance in [0, 2] pixels."""
+    near = (A + 2) * distance**3 - (A + 3) * distance**2 + 1
+    far = A * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    xp = np if isinstance(distance, np.ndarray) else jnp
+    return xp.where(distance <= 1, near, far)
+
+
 def resize_bicubic(grid: jax.Array, height: int, width: int) -> jax.Array:
     """Resamples [h, w, c] to [height, width, c] by cubic convolution.
 
@@ -31,9 +39,6 @@ def _weights(old: int, new: int) -> np.ndarray:
     first = np.floor(at).astype(int)
     matrix = np.zeros((new, old))
     for tap in (-1, 0, 1, 2):
-        distance = np.abs(at - (first + tap))
-        near = (A + 2) * distance**3 - (A + 3) * distance**2 + 1
-        far = A * (distance**3 - 5 * distance**2 + 8 * distance - 4)
         index = np.clip(first + tap, 0, old - 1)
-        np.add.at(matrix, (np.arange(new), index), np.where(distance <= 1, near, far))
+        np.add.at(matrix, (np.arange(new), index), cubic_weight(np.abs(at - (first + tap))))
     return matrix.astype(np.float32)

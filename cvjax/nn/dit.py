@@ -18,7 +18,7 @@ from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.convolution import patchify
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
-from cvjax.nn.unet import depth_to_space
+from cvjax.nn.space_to_depth import depth_to_space
 
 # Size: (channels, blocks, heads).
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

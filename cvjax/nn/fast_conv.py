@@ -1,4 +1,10 @@
-"""The convolution of all networks: XLA's own, but on a CPU a faster form where there is one."""
+"""A convolution: XLA's own, but on a CPU a faster form where there is one.
+
+The backbones have it, by `cvjax.nn.convolution`, and the heads of segmenters and detectors. Plain
+`nn.Conv` are those of ResNet-9, Inception, the GANs, the autoencoders, patches, and the last layers
+of dense detectors; and on purpose the U-Net's, whose maps are so small that its training step
+becomes longer (`experiments/diffusion_speed`).
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.checks import check_at_least
-from cvjax.nn.unet import space_to_depth
+from cvjax.nn.space_to_depth import space_to_depth
 
 
 def ordered_features(

@@ -17,23 +17,10 @@ from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
+from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 
 GROUPS = 8  # of channels, each normalized together: at most so many
 GROUP_SIZE = 4  # and at least so large: a channel alone would lose its mean
-
-
-def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
-    """[b, h, w, c] -> [b, h / patch, w / patch, patch * patch * c]."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // patch, w // patch, patch * patch * c)
-
-
-def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
-    """The inverse of `space_to_depth`: [b, h, w, patch * patch * c] -> [b, h p, w p, c]."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * patch, w * patch, c // patch**2)
 
 
 def _sum(x: jax.Array, y: jax.Array, rescale: bool) -> jax.Array:

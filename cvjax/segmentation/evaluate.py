@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cvjax.checks import check_at_least
+from cvjax.data.ranges import check_labels
 from cvjax.errors import InputError
 
 
@@ -50,12 +51,7 @@ class MeanIoU:
         counts = truth != self.ignore
         truth, found = truth[counts].astype(np.int64), found[counts].astype(np.int64)
         for name, labels in ((self.mask, truth), (self.prediction, found)):
-            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
-            if wrong.size:
-                raise InputError(
-                    f"MeanIoU: {name} has the class {wrong[0]}, but num_classes is "
-                    f"{self.num_classes}"
-                )
+            check_labels(labels, self.num_classes, f"MeanIoU: a pixel of {name}")
         cells = np.bincount(truth * self.num_classes + found, minlength=self.num_classes**2)
         self.matrix += cells.reshape(self.matrix.shape)
 

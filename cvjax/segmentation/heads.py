@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.fast_conv import fast_conv
-from cvjax.nn.unet import depth_to_space
+from cvjax.nn.space_to_depth import depth_to_space
 
 Maps = Sequence[jax.Array]
 

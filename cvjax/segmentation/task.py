@@ -11,7 +11,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.data.ranges import check_channels
+from cvjax.data.ranges import check_channels, check_labels
 from cvjax.errors import InputError, nearest
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
 from cvjax.train.state import Params, PyTree, TrainState
@@ -79,12 +79,7 @@ class Segmentation:
         check_channels(batch, mean=self.mean, std=self.std)
         mask = np.asarray(batch["mask"])[batch["valid"]]
         classes = getattr(getattr(self.model, "head", None), "num_classes", 0)
-        wrong = mask[(mask != IGNORE) & ((mask < 0) | (mask >= classes))]
-        if classes and wrong.size:
-            raise InputError(
-                f"mask has the class {wrong[0]}, but num_classes is {classes}: "
-                f"classes are 0..{classes - 1}, and {IGNORE} where a pixel does not count"
-            )
+        check_labels(mask[mask != IGNORE], classes, f"mask, where it is not {IGNORE} (ignored),")
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""

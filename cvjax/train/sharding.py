@@ -88,8 +88,8 @@ def pmap_step(step: Callable, mesh: Mesh) -> Callable:
 
     def run(state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree]:
         cut = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), batch)
-        # pmap takes no typed keys for values that are the same everywhere.
         state, metrics = mapped(state, cut)
+        # pmap places what comes out by a mesh of its own; evaluation is compiled for ours.
         return jax.device_put((state, metrics), replicated(mesh))
 
     return run

@@ -29,6 +29,7 @@ from cvjax import draw
 from cvjax.build import build
 from cvjax.data.sources.digits import Digits
 from cvjax.data.sources.folder import Folder
+from cvjax.data.sources.pictures import SUFFIXES
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
@@ -40,7 +41,6 @@ from cvjax.train.restore import load_params
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "runs"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def judge(workdir: Path = RUNS / "judge", seed: int = 100) -> Extractor:

@@ -207,7 +207,7 @@ def test_what_cannot_be_is_said():
     ):
         with pytest.raises(InputError, match=message):
             VectorQuantizer(**fields)
-    with pytest.raises(InputError, match="each must be at least 2"):
+    with pytest.raises(InputError, match="; it must be at least 2"):
         FiniteScalarQuantizer((3, 1))
     with pytest.raises(InputError, match="make 4294967296 codes; an index has 31 bits"):
         FiniteScalarQuantizer((8,) * 10 + (4,))

@@ -169,8 +169,8 @@ def test_settings_of_evaluators_that_make_no_sense():
 def test_a_label_that_is_no_class_is_refused(evaluator):
     """-1 would be the last class."""
     for label, message in (
-        (-1, "there is the label -1, but the classes are 0..3"),
-        (4, "there is the label 4"),
+        (-1, "label is -1, but num_classes is 4: classes are 0..3"),
+        (4, "label is 4"),
     ):
         with pytest.raises(InputError, match=f"{evaluator.__name__}: {message}"):
             batches(evaluator(), labels=np.where(np.arange(50) == 7, label, LABELS))

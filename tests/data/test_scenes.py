@@ -81,8 +81,10 @@ def test_the_mask_lies_on_the_strokes(monkeypatch):
     """Painted in one bright colour on the ground, without clutter, the strokes are the mask."""
     monkeypatch.setattr(scenes, "_CLUTTER", 0)
     monkeypatch.setattr(scenes, "_DIGITS", (1, 1))  # Two that touch may cover a pixel together.
-    monkeypatch.setattr(scenes, "_texture", lambda rng, size: np.zeros((size, size, 3), np.float32))
-    monkeypatch.setattr(scenes, "_bright", lambda rng: np.ones(3, np.float32))
+    monkeypatch.setattr(
+        scenes.drawing, "_texture", lambda rng, size: np.zeros((size, size, 3), np.float32)
+    )
+    monkeypatch.setattr(scenes.drawing, "bright", lambda rng: np.ones(3, np.float32))
     source = Scenes()
     for index in range(10):
         record = source[index]

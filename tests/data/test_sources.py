@@ -111,9 +111,9 @@ def test_arrays_get_a_channel_axis_and_narrow_types():
         ({}, "at least one field"),
         ({"label": 3}, "an axis of examples"),
         ({"image": np.zeros((3, 2, 2)), "label": [1, 2]}, "image 3, label 2"),
-        ({"image": np.full((1, 2, 2), 7.5)}, "range from 7.5 to 7.5"),
-        ({"image": np.full((1, 2, 2), np.nan)}, "range from nan"),
-        ({"image": np.zeros((1, 2, 2), np.int32)}, "not int32"),
+        ({"image": np.full((1, 2, 2), 7.5)}, "values from 7.5 to 7.5"),
+        ({"image": np.full((1, 2, 2), np.nan)}, "values from nan"),
+        ({"image": np.zeros((1, 2, 2), np.int32)}, "dtype int32; they must be uint8, or"),
         ({"image": np.zeros((4, 2), np.uint8)}, r"not \[4, 2\]"),
     ],
 )
@@ -151,7 +151,7 @@ def test_npz_files_that_cannot_be_used(tmp_path):
     for name in ("text.npz", "one.npy", "objects.npz", "cut.npz", "broken.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as an .npz"):
             Npz(tmp_path / name)
-    with pytest.raises(InputError, match=r"range.npz: float images must be"):
+    with pytest.raises(InputError, match=r"range.npz: images have values from -1"):
         Npz(tmp_path / "range.npz")
 
 
@@ -293,6 +293,13 @@ def test_jpegs_of_other_kinds_are_those_of_pillow_too(tmp_path):
         np.testing.assert_array_equal(Folder(tmp_path)[number]["image"], expected)
         with pytest.raises(ValueError, match=r"header claims 40 x 24 pixels"):
             Folder(tmp_path, max_pixels=959)[number]
+
+
+def test_an_annotated_jpeg_is_turned_by_xmp_too(tmp_path):
+    """As Pillow does and OpenCV does not: its boxes are of what Pillow shows."""
+    xmp = b'<x><rdf:Description tiff:Orientation="6"/></x>'
+    save(tmp_path / "a.jpg", picture(4, 6), xmp=xmp)
+    assert read_image(tmp_path / "a.jpg", 3, 2**20).shape == (6, 4, 3)
 
 
 def test_of_16_bits_the_higher_8_are_kept(tmp_path):

@@ -396,7 +396,7 @@ def test_points_need_their_sigmas_and_labels_their_class():
     outputs, batch = random_set(0)
     with pytest.raises(InputError, match="3 keypoints but 17 sigmas"):
         CocoEvaluator(3, ("keypoints",)).add(outputs, batch)
-    with pytest.raises(InputError, match="has the class 2, but num_classes is 2"):
+    with pytest.raises(InputError, match="labels is 2, but num_classes is 2"):
         CocoEvaluator(2).add(outputs, batch)
     with pytest.raises(InputError, match="'box' is none of"):
         CocoEvaluator(2, ("box",))

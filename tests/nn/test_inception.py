@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -64,6 +65,25 @@ def test_maps_and_logits_are_theirs(name, tmp_path):
     )
     resized = resize(x)
     np.testing.assert_allclose(thin(np.asarray(resized)), theirs["resized"], atol=1e-5)
+
+
+def test_every_norm_is_told_which_rows_are_valid():
+    """Traced alone: to compile the network for its statistics takes half a minute."""
+    model, x, valid, told = MODELS["fid"], image(), np.array([True, False, True]), []
+
+    def listen(call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm):
+            told.append(kwargs["mask"])
+        return call(*args, **kwargs)
+
+    def apply(variables, x):
+        return model.apply(variables, x, train=True, valid=valid, mutable=["batch_stats"])
+
+    with nn.intercept_methods(listen):
+        jax.eval_shape(apply, shapes_of("fid"), np.repeat(x, 3, axis=0))
+    assert len(told) == len(jax.tree.leaves(shapes_of("fid")["batch_stats"])) / 2 == 94
+    for mask in told:
+        np.testing.assert_array_equal(mask, valid[:, None, None, None])
 
 
 def test_strides_and_names():

@@ -223,7 +223,7 @@ def test_evaluation_reads_the_running_average():
         (dict(stem="large"), "stem is 'large'; it can be 'imagenet' or 'cifar'"),
         (dict(block="wide"), "block is 'wide'"),
         (dict(stage_sizes=()), "stage_sizes is ()"),
-        (dict(stage_sizes=(1, 0)), "stage_sizes is (1, 0)"),
+        (dict(stage_sizes=(1, 0)), "stage_sizes[1] is 0"),
     ],
 )
 def test_impossible_fields_say_what_is_possible(fields, message):

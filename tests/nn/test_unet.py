@@ -10,14 +10,7 @@ import pytest
 from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.embeddings import sinusoidal
-from cvjax.nn.unet import (
-    AttentionBlock,
-    Block,
-    UNet,
-    _resized,
-    depth_to_space,
-    space_to_depth,
-)
+from cvjax.nn.unet import AttentionBlock, Block, UNet, _resized
 
 SMALL = dict(num_classes=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_features=8)
 
@@ -66,22 +59,6 @@ def test_size_that_is_no_multiple_of_the_patch_is_one_line():
 def test_impossible_fields(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         UNet(**(SMALL | wrong))
-
-
-def test_depth_and_space():
-    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    y = space_to_depth(x, 2)
-    np.testing.assert_array_equal(y[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-    np.testing.assert_array_equal(depth_to_space(y, 2), x)
-
-
-def test_depth_to_space_by_loops():
-    x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
-    y = depth_to_space(jnp.asarray(x), 2)
-    for i in range(4):
-        for j in range(6):
-            square = x[0, i // 2, j // 2].reshape(2, 2, 2)
-            np.testing.assert_array_equal(y[0, i, j], square[i % 2, j % 2])
 
 
 def test_maps_are_resized_with_the_filter_1_3_3_1():

@@ -1,4 +1,4 @@
-"""Three tasks as unlike each other as research gets; the engine must not know any of them."""
+"""Four tasks as unlike each other as research gets; the engine must not know any of them."""
 
 import time
 from dataclasses import dataclass

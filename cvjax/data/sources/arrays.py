@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cvjax.checks import check_unit
 from cvjax.data.sources import Example, frozen
 from cvjax.errors import InputError, nearest
 
@@ -105,12 +106,6 @@ def _images(images: np.ndarray) -> np.ndarray:
             f"images are [n, height, width, channels] or [n, height, width], not "
             f"{list(images.shape)}"
         )
-    if images.dtype.kind == "f" and images.size:
-        low, high = images.min(), images.max()
-        if not (low >= 0 and high <= 1):  # Also where they are not numbers.
-            raise InputError(
-                f"float images must be in [0, 1], but they range from {low:g} to {high:g}"
-            )
-    elif images.dtype != np.uint8:
-        raise InputError(f"images are uint8, or float in [0, 1], not {images.dtype}")
+    if images.dtype != np.uint8:
+        check_unit(images, "they must be uint8, or floats in [0, 1]")
     return images[..., None] if images.ndim == 3 else images

@@ -11,15 +11,13 @@ import dataclasses
 import numpy as np
 
 from cvjax.checks import check_at_least, check_choices
-from cvjax.data.sources import Example, scenes
+from cvjax.data.sources import Example, drawing
 from cvjax.data.sources.digits import Digits
 
 _SPLITS = ("train", "test")
 _DIGITS = (1, 6)  # the fewest and the most that a scene is meant to have
 _SCALE = (1.0, 2.8)  # of a digit: MNIST's 20 x 20 pixels become 20 to 56
-_DEGREES = 15.0  # the largest turn: a 6 shall not become a 9
 _CLUTTER = 6  # the most pieces
-_ATTEMPTS = 8  # at finding a place for a digit before it is left out
 _LEAST_SEEN = 0.5  # of the ink of each digit
 
 
@@ -86,24 +84,21 @@ class DetectionScenes:
             raise IndexError(f"scene {index} is not in 0..{self.count - 1}")
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), index))
         digits = Digits(self.split)
-        canvas = scenes._texture(rng, self.size)
-        for _ in range(rng.integers(_CLUTTER + 1)):
-            scenes._paint(canvas, scenes._scrap(rng, self.size, digits), scenes._bright(rng))
+        canvas = drawing.ground(rng, self.size, digits, _CLUTTER)
         strokes: list[np.ndarray] = []  # bool [size, size], whole ones, back to front
         labels: list[int] = []
         for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
             digit = digits[int(rng.integers(len(digits)))]
-            cover = _find_place(rng, digit["image"][..., 0], strokes, self.size)
+            cover = drawing.find_place(
+                rng, digit["image"][..., 0], self.size, _SCALE,
+                lambda cover: _are_seen([*strokes, cover > 0.5]),
+            )  # fmt: skip
             if cover is None:
                 continue
-            scenes._paint(canvas, cover, scenes._bright(rng))
+            drawing.paint(canvas, cover, drawing.bright(rng))
             strokes.append(cover > 0.5)
             labels.append(int(digit["label"]))
-        canvas += np.float32(0.03) * rng.standard_normal(canvas.shape, np.float32)
-        return {
-            "image": np.rint(255 * np.clip(canvas, 0.0, 1.0)).astype(np.uint8),
-            **self._truth(strokes, labels),
-        }
+        return {"image": drawing.photograph(rng, canvas), **self._truth(strokes, labels)}
 
     def _truth(self, strokes: list[np.ndarray], labels: list[int]) -> Example:
         rows = self.max_instances
@@ -135,6 +130,15 @@ def _seen(strokes: list[np.ndarray]) -> list[np.ndarray]:
     return seen[::-1]
 
 
+def _are_seen(strokes: list[np.ndarray]) -> bool:
+    """Whether the last stroke has ink, and of each, from back to front, enough is seen."""
+    shares = [
+        mask.sum() / max(stroke.sum(), 1)
+        for stroke, mask in zip(strokes, _seen(strokes), strict=True)
+    ]
+    return strokes[-1].any() and min(shares) >= _LEAST_SEEN
+
+
 def _ends(stroke: np.ndarray) -> list[tuple[int, int]]:
     """Pixels (x, y) of a stroke, bool [h, w]: in its first and last row, first and last column."""
     y, x = np.nonzero(stroke)
@@ -146,25 +150,3 @@ def _ends(stroke: np.ndarray) -> list[tuple[int, int]]:
         middle = there[len(there) // 2]
         ends.append((int(x[middle]), int(y[middle])))
     return ends
-
-
-def _find_place(
-    rng: np.random.Generator, digit: np.ndarray, strokes: list[np.ndarray], size: int
-) -> np.ndarray | None:
-    """What a digit covers of each pixel, wholly inside the scene; None when there is no room."""
-    for _ in range(_ATTEMPTS):
-        angle = np.deg2rad(rng.uniform(-_DEGREES, _DEGREES))
-        scale = rng.uniform(*_SCALE)
-        # Half of MNIST's 20 x 20 box in which each digit lies, turned.
-        reach = 10 * scale * (np.cos(angle) + abs(np.sin(angle)))
-        if reach > size / 2:
-            continue
-        cover = scenes._warp(digit, angle, scale, rng.uniform(reach, size - reach, 2), size)
-        together = [*strokes, cover > 0.5]
-        shares = [
-            mask.sum() / max(stroke.sum(), 1)
-            for stroke, mask in zip(together, _seen(together), strict=True)
-        ]
-        if together[-1].any() and min(shares) >= _LEAST_SEEN:
-            return cover
-    return None

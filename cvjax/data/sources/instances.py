@@ -14,17 +14,16 @@ order of the file and then zeros:
 """
 
 import dataclasses
-import io
 import logging
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from cvjax.checks import Size, check_choice, check_count, height_and_width
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import undecodable, upright
+from cvjax.data.sources.pictures import read_picture, upright
 from cvjax.data.transforms import fields, geometry
 from cvjax.errors import InputError
 
@@ -121,23 +120,13 @@ def read_image(
     Raises InputError where it is damaged, larger than `max_pixels`, or of another `size`, (height,
     width), than its annotations say; OSError where it cannot be read.
     """
-    content = pathlib.Path(file).read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
-            if image.width * image.height > max_pixels:
-                raise ValueError(
-                    f"the header claims {image.width} x {image.height} pixels, more than "
-                    f"max_pixels={max_pixels}"
-                )
-            array = np.asarray(upright(image, channels))
-    except Exception as error:
-        raise InputError(undecodable(file, error)) from error
+    array = np.atleast_3d(read_picture(file, max_pixels, partial(upright, channels=channels)))
     if size is not None and array.shape[:2] != size:
         raise InputError(
             f"{file} is {array.shape[1]} x {array.shape[0]} pixels, but its annotations are for "
             f"{size[1]} x {size[0]}"
         )
-    return array[..., None] if array.ndim == 2 else array
+    return array
 
 
 def record(

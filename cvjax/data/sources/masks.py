@@ -1,19 +1,18 @@
 """Images with a mask each: two folders of files with equal names."""
 
 import dataclasses
-import io
 import pathlib
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import undecodable, upright
+from cvjax.data.sources.pictures import SUFFIXES, read_picture, upright
 from cvjax.errors import InputError
 
 IGNORE = 255  # in a mask: a pixel without truth
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MASKS = (".png", ".bmp", ".tif", ".tiff")  # Those that give back the numbers put in.
 
 
@@ -58,11 +57,8 @@ class PairReader:
         Raises ValueError for a file that is damaged, no mask, too large or of another size than
         its partner; OSError for one that cannot be read.
         """
-        # Read first, so that an OSError is the store's and may pass, while a ValueError from
-        # decoding is the file's and stays.
-        contents = image.read_bytes(), mask.read_bytes()
-        picture = self._decode(image, contents[0], self._image)
-        classes = self._decode(mask, contents[1], _classes)
+        picture = read_picture(image, self.max_pixels, partial(upright, channels=self.channels))
+        classes = read_picture(mask, self.max_pixels, _classes)
         if picture.size != classes.size:
             raise ValueError(
                 f"{image} is {picture.size[0]} x {picture.size[1]} pixels, but {mask} is "
@@ -72,8 +68,7 @@ class PairReader:
             square = (self.image_size, self.image_size)
             picture = ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
             classes = ImageOps.fit(classes, square, Image.Resampling.NEAREST)
-        pixels, labels = np.asarray(picture), np.asarray(classes)
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels, labels = np.atleast_3d(picture), np.asarray(classes)
         if self.pad_to is not None:
             rows, columns = (self.pad_to - side for side in labels.shape)
             if rows < 0 or columns < 0:
@@ -84,21 +79,6 @@ class PairReader:
             pixels = np.pad(pixels, ((0, rows), (0, columns), (0, 0)))
             labels = np.pad(labels, ((0, rows), (0, columns)), constant_values=IGNORE)
         return {"image": pixels, "mask": labels}
-
-    def _decode(self, file: pathlib.Path, content: bytes, convert) -> Image.Image:
-        try:
-            with Image.open(io.BytesIO(content)) as image:  # Reads the header only.
-                if image.width * image.height > self.max_pixels:
-                    raise ValueError(
-                        f"the header claims {image.width} x {image.height} pixels, more than "
-                        f"max_pixels={self.max_pixels}"
-                    )
-                return convert(image)
-        except Exception as error:
-            raise ValueError(undecodable(file, error)) from error
-
-    def _image(self, image: Image.Image) -> Image.Image:
-        return upright(image, self.channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +111,7 @@ class Masks:
         root = pathlib.Path(self.path).expanduser()
         if not root.is_dir():
             raise InputError(f"the folder {root} does not exist")
-        images, masks = _by_stem(root / "images", _IMAGES), _by_stem(root / "masks", _MASKS)
+        images, masks = _by_stem(root / "images", SUFFIXES), _by_stem(root / "masks", _MASKS)
         for lonely, here, there in (
             (images.keys() - masks.keys(), images, "masks"),
             (masks.keys() - images.keys(), masks, "images"),

@@ -9,7 +9,7 @@ The fields that transforms know of, all other fields they pass on:
 
     image       uint8 [h, w, c], of any number of channels
     boxes       float32 [n, 4], x1 y1 x2 y2 in pixels
-    box_...     [n, ...], any field whose name begins so: what is known of each box (`box_labels`)
+    box_...     [n, ...], any field whose name begins so: what is known of each box (`box_label`)
     masks       bool [n, h, w], one for each object
     keypoints   float32 [n, k, 3], x and y in pixels and visibility, k for each object
     crowd, ignore  bool [n]: the object is many in one; it shall not count

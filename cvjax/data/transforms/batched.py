@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.checks import check_between, check_count, check_range
+from cvjax.data.transforms.fields import mirror_index
 from cvjax.errors import InputError
 
 
@@ -52,7 +53,7 @@ def random_crop(
     move = jax.random.randint(rng, (2, batch, 1), -padding, padding + 1)
     rows, columns = jnp.arange(height) + move[0], jnp.arange(width) + move[1]
     moved = jax.vmap(lambda image, row, column: image[row][:, column])(
-        images, _mirrored(rows, height), _mirrored(columns, width)
+        images, mirror_index(rows, height), mirror_index(columns, width)
     )
     if fill == "reflect":
         return moved
@@ -116,10 +117,3 @@ def rectangles(
     rows, columns = jnp.arange(height)[None, :, None], jnp.arange(width)[None, None, :]
     top, left, bottom, right = (x[:, None, None] for x in (top, left, bottom, right))
     return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
-
-
-def _mirrored(index: jax.Array, length: int) -> jax.Array:
-    """Returns the pixel seen at any place when a row is continued by its mirror image."""
-    period = 2 * max(length - 1, 1)
-    index = index % period
-    return jnp.minimum(jnp.minimum(index, period - index), length - 1)

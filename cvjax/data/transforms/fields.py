@@ -11,6 +11,7 @@ antialiasing. With antialiasing Pillow resizes: its filters are the ones that to
 from collections.abc import Callable, Sequence
 
 import cv2
+import jax
 import numpy as np
 from PIL import Image
 
@@ -235,8 +236,8 @@ def crop(
 
     def mirrored(array: np.ndarray) -> np.ndarray:
         """Of an array [h, w, ...]."""
-        down = _mirrored(np.arange(top, top + height), old_height)
-        return array[down][:, _mirrored(np.arange(left, left + width), old_width)]
+        down = mirror_index(np.arange(top, top + height), old_height)
+        return array[down][:, mirror_index(np.arange(left, left + width), old_width)]
 
     def image(array: np.ndarray) -> np.ndarray:
         return mirrored(array) if fill == "reflect" else window(array, fill, array.shape[2:])
@@ -360,11 +361,10 @@ def warp(
     return _moved(example, matrix, image, area)
 
 
-def _mirrored(index: np.ndarray, length: int) -> np.ndarray:
-    """Returns the pixel seen at any place when a row is continued by its mirror image."""
-    period = 2 * max(length - 1, 1)
-    index = index % period
-    return np.minimum(np.minimum(index, period - index), length - 1)
+def mirror_index(index: np.ndarray | jax.Array, length: int) -> np.ndarray | jax.Array:
+    """The pixel seen at any place when a row of `length` is continued by its mirror image."""
+    last = length - 1
+    return last - abs(index % max(2 * last, 1) - last)
 
 
 def _by_four_channels(
