@@ -6,6 +6,7 @@ import functools
 import textwrap
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -456,6 +457,24 @@ def test_samples_have_statistics_of_their_own_parameters():
     }
     # A norm follows the layer: with the statistics of the other parameters this would saturate.
     np.testing.assert_allclose(sample(params, label, key), sample(larger, label, key), atol=2e-3)
+
+
+class WithoutNorm(nn.Module):
+    @nn.compact
+    def __call__(self, z, label, *, train=False):
+        return nn.sigmoid(nn.Dense(64)(z)).reshape(-1, *SHAPE)
+
+
+def test_a_generator_without_batchnorm_pays_for_no_statistics():
+    """XLA leaves out the pass of which nothing is used."""
+    task = dataclasses.replace(small(num_classes=0), generator=WithoutNorm())
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch_of())
+
+    def operations(task):
+        program = jax.jit(task.sample).lower(params, np.zeros(6, int), jax.random.key(0))
+        return program.compile().cost_analysis()["flops"]
+
+    assert operations(task) == operations(dataclasses.replace(task, statistics_batch=10_000))
 
 
 @pytest.mark.parametrize("classes", [0, 3])
