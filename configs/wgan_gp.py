@@ -12,11 +12,13 @@ of which sees other digits.
 (.933), recall .914 (.940): most are clean digits; 2,000 steps give 1.1, .828 and .920. With 64
 latents and half the generator's widths these gave 3.5.
 
-Weight clipping (Arjovsky et al. 2017, arXiv:1701.07875) in place of the penalty:
+Weight clipping (Arjovsky et al. 2017, arXiv:1701.07875) in place of the penalty, of the critic's
+weights alone, for which each group has an optimizer of its own:
 
-    --config.task.gradient_penalty=0.0
-    config.optimizer.transform = dict(
-        type="gan.clipping.clipped", transform=dict(type="optax.rmsprop"), limit=0.01)
+    config.task.gradient_penalty = 0.0
+    plain = config.optimizer.to_dict()
+    clipped = dict(type="gan.clipping.clipped", transform=dict(type="optax.rmsprop"), limit=0.01)
+    config.optimizer = dict(generator=plain, discriminator={**plain, "transform": clipped})
 """
 
 from ml_collections import ConfigDict

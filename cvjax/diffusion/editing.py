@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from cvjax.checks import check_count
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, like, log_snr, perturb, split
+from cvjax.diffusion.process import Process, like, perturb, posterior, renewed, split
 from cvjax.diffusion.samplers.integration import Denoise, begin, integrate, normal, time_steps
 from cvjax.diffusion.samplers.ode import velocity
 from cvjax.errors import InputError
@@ -62,13 +62,12 @@ def repaint(
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         kept = process.alpha(t) / process.alpha(s)
-        added = jnp.sqrt(process.sigma(t) ** 2 - (kept * process.sigma(s)) ** 2)
-        drawn = like(jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s))), x)
+        added = process.sigma(t) * jnp.sqrt(renewed(process, t, s))
 
         def draw(x: jax.Array, fresh: jax.Array, noise: jax.Array) -> jax.Array:
             x0, eps = split(process, process.prediction, denoise(x, t), x, t)
-            drawn_x = perturb(process, x0, jnp.sqrt(1 - drawn**2) * eps + drawn * fresh, s)
-            return jnp.where(is_known, perturb(process, known, noise, s), drawn_x)
+            mean, std = posterior(process, x0, eps, t, s)
+            return jnp.where(is_known, perturb(process, known, noise, s), mean + std * fresh)
 
         def again(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             fresh, noise, back = jnp.moveaxis(normal(keys, (3, *shape), number), 1, 0)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from cvjax.diffusion.process import Process, combine, like
 from cvjax.diffusion.samplers.integration import Denoise
+from cvjax.train.state import PyTree
 
 
 def classifier_free(
-    predict: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    condition: jax.Array,
-    null: jax.Array,
+    predict: Callable[[jax.Array, jax.Array, PyTree], jax.Array],
+    condition: PyTree,
+    null: PyTree,
     weight: float,
 ) -> Denoise:
     """uncond + weight (cond - uncond): the score of p(x_t) p(condition given x_t)^weight.
@@ -25,12 +26,12 @@ def classifier_free(
     Both come from one pass over a doubled batch; with weight 1 there is no second half.
 
     Args:
-      predict: (x [b, ...], t [b], condition [b, ...]) -> prediction, shape of x.
-      condition: what is asked for, [b, ...].
-      null: what says that nothing is asked for, [b, ...]; a network knows it only from training
-        with dropped conditions.
+      predict: (x [b, ...], t [b], condition) -> prediction, shape of x.
+      condition: what is asked for, an array [b, ...] or several.
+      null: what says that nothing is asked for, arrays of the same shapes; a network knows it only
+        from training with dropped conditions.
     """
-    both = jnp.concatenate([condition, jnp.broadcast_to(null, condition.shape)])
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), condition, null)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
         if weight == 1:

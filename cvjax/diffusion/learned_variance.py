@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, like, log_snr, split
+from cvjax.diffusion.process import Process, like, posterior, renewed, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -24,25 +24,10 @@ from cvjax.errors import InputError
 def log_variances(process: Process, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The least and the most log variance [b] that a step from time t to s < t can have.
 
-    That of p(x_s | x_t, x_0), beta~, and that of p(x_t | x_s), beta: equation 15 of the paper. For
-    any process beta = sigma_t^2 share and beta~ = sigma_s^2 share with share = 1 - SNR_t / SNR_s.
+    That of p(x_s | x_t, x_0), beta~, and that of p(x_t | x_s), beta: equation 15 of the paper.
     """
-    log_share = jnp.log(-jnp.expm1(log_snr(process, t) - log_snr(process, s)))
+    log_share = jnp.log(renewed(process, t, s))
     return tuple(2 * jnp.log(process.sigma(at)) + log_share for at in (s, t))
-
-
-def posterior(
-    process: Process, x0: jax.Array, x: jax.Array, t: jax.Array, s: jax.Array
-) -> jax.Array:
-    """The mean of p(x_s | x_t, x_0), s < t; its log variance is the first of `log_variances`.
-
-    (alpha_s share) x_0 + (alpha_t sigma_s^2 / (alpha_s sigma_t^2)) x_t, where share is
-    1 - SNR_t / SNR_s (J. Ho et al., equation 7).
-    """
-    log_kept = log_snr(process, t) - log_snr(process, s)
-    of_x0 = process.alpha(s) * -jnp.expm1(log_kept)
-    of_x = process.alpha(s) / process.alpha(t) * jnp.exp(log_kept)
-    return like(of_x0, x) * x0 + like(of_x, x) * x
 
 
 def variational_bound(
@@ -72,8 +57,10 @@ def variational_bound(
       t, s: [b], s < t.
       levels: of grey; those at both ends take in all that is beyond.
     """
-    guess, _ = split(process, process.prediction, prediction, x, t)
-    mean, true_mean = (posterior(process, start, x, t, s) for start in (guess, x0))
+    mean, true_mean = (
+        posterior(process, *split(process, name, value, x, t), t, s)[0]
+        for name, value in ((process.prediction, prediction), ("x0", x0))
+    )
     least, most = (like(value, x) for value in log_variances(process, t, s))
     log_variance = least + fraction * (most - least)
     kl = -1 + log_variance - least + jnp.exp(least - log_variance)
@@ -121,12 +108,12 @@ def ddpm_learned(
                 "sampler=ddpm"
             )
         prediction, v = jnp.split(both, 2, axis=-1)
-        x0, _ = split(process, process.prediction, prediction, x, t)
+        x0, eps = split(process, process.prediction, prediction, x, t)
+        mean, _ = posterior(process, x0, eps, t, s)
         least, most = (like(value, x) for value in log_variances(process, t, s))
         # Guidance may take v out of its range.
         fraction = jnp.clip((v + 1) / 2, 0.0, 1.0)
         deviation = jnp.exp((least + fraction * (most - least)) / 2)
-        mean = posterior(process, x0, x, t, s)
         return mean + (index < steps - 1) * deviation * normal(keys, shape, index)
 
     grid = time_steps(times, process, steps)

@@ -249,14 +249,34 @@ def time_at(process: Process, ratio: jax.Array) -> jax.Array:
     return jnp.where(high == 1, high, low)
 
 
-def marginal(process: Process, x0: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean, shape of `x0` [b, ...], and standard deviation [b] of p(x_t | x_0), for times [b]."""
-    return like(process.alpha(t), x0) * x0, process.sigma(t)
-
-
 def perturb(process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
     """x_t, shape of `x0` [b, ...], for times [b]."""
     return like(process.alpha(t), x0) * x0 + like(process.sigma(t), x0) * eps
+
+
+def renewed(process: Process, t: jax.Array, s: jax.Array) -> jax.Array:
+    """The share of the noise's variance that a step between s < t renews, [b]: 1 - SNR_t / SNR_s.
+
+    p(x_t | x_s) has the variance sigma_t^2 share, p(x_s | x_t, x_0) has sigma_s^2 share.
+    """
+    return -jnp.expm1(log_snr(process, t) - log_snr(process, s))
+
+
+def posterior(
+    process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array, s: jax.Array, eta: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of p(x_s | x_t, x_0), s < t, the latter `eta`-fold.
+
+    What of the noise is not drawn anew stays in the mean, so that x_s has the noise of s (J. Song
+    et al., https://arxiv.org/abs/2010.02502, equations 7 and 16, for any process).
+
+    Args:
+      x0, eps: [b, ...], of which x_t is made (see `split`).
+      t, s: [b].
+    """
+    part = like(eta * jnp.sqrt(renewed(process, t, s)), x0)
+    mean = perturb(process, x0, jnp.sqrt(1 - part**2) * eps, s)
+    return mean, like(process.sigma(s), x0) * part
 
 
 def prior(process: Process, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:

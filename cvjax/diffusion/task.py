@@ -216,14 +216,10 @@ class Diffusion:
         # Without classes all labels are the null one.
         condition = condition if self._is_conditional else self._null(condition)
 
-        # A condition may be of several arrays: its rows are asked for by number.
-        both = jax.tree.map(lambda *a: jnp.concatenate(a), condition, self._null(condition))
-        row = jnp.arange(len(jax.tree.leaves(condition)[0]))
+        def predict(x: jax.Array, t: jax.Array, condition: PyTree) -> jax.Array:
+            return self._predict(params, x, t, condition)
 
-        def predict(x: jax.Array, t: jax.Array, row: jax.Array) -> jax.Array:
-            return self._predict(params, x, t, jax.tree.map(lambda a: a[row], both))
-
-        return classifier_free(predict, row, len(row) + row, guidance)
+        return classifier_free(predict, condition, self._null(condition), guidance)
 
     def _predict(self, params: Params, x: jax.Array, t: jax.Array, condition: PyTree) -> jax.Array:
         return self.network.apply({"params": params["network"]}, *self._inputs(x, t, condition))

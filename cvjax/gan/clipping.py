@@ -16,10 +16,8 @@ def clipped(
 ) -> optax.GradientTransformation:
     """An optimizer that leaves all parameters in [-limit, limit], but for rounding.
 
-    M. Arjovsky et al., https://arxiv.org/abs/1701.07875, algorithm 1, there with RMSProp. In a
-    config, as the `transform` of an `Optimizer`:
-
-        dict(type="gan.clipping.clipped", transform=dict(type="optax.rmsprop"), limit=0.01)
+    M. Arjovsky et al., https://arxiv.org/abs/1701.07875, algorithm 1, there with RMSProp. It is for
+    the group "discriminator" alone; `configs/wgan_gp.py` says how to give it to that.
 
     Raises InputError for a limit that is not positive.
     """

@@ -65,7 +65,6 @@ def test_guided_scores(process):
             null = np.full_like(LABELS, 3)
             for guided in (
                 classifier_free(predict, LABELS, null, weight),
-                classifier_free(predict, LABELS, np.array(3), weight),
                 autoguidance(part, full, weight),
                 # p(x) p(y given x)^w, by Bayes the same.
                 classifier(full, process, log_probability, weight),
@@ -85,6 +84,18 @@ def test_a_weight_of_one_asks_once():
     for weight in (1, 2.0):
         classifier_free(predict, LABELS, np.full_like(LABELS, 3), weight)(X, T)
     assert sizes == [6, 12]
+
+
+def test_a_condition_may_be_of_several_arrays():
+    condition = {"label": LABELS, "low": X}
+    null = {"label": np.full_like(LABELS, 3), "low": X}
+
+    def predict(x, t, condition):
+        return x * condition["label"][:, None] + condition["low"]
+
+    found = classifier_free(predict, condition, null, 2.5)(X, T)
+    expected = X * (3 + 2.5 * (LABELS - 3))[:, None] + X
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_samples_of_a_guided_sampler_are_of_the_component():

@@ -16,7 +16,6 @@ from cvjax.diffusion.learned_variance import (
     ddpm_learned,
     log_probability_of_level,
     log_variances,
-    posterior,
     variational_bound,
 )
 from cvjax.diffusion.preconditioning import Preconditioned, coefficients
@@ -29,6 +28,9 @@ from cvjax.diffusion.process import (
     convert,
     log_snr,
     perturb,
+    posterior,
+    renewed,
+    split,
 )
 from cvjax.diffusion.samplers import example_keys
 from cvjax.errors import InputError
@@ -252,14 +254,17 @@ def test_the_posterior_is_that_of_bayes(process):
     @jax.jit
     def found():
         levels = [level(at)[:, None] for at in (t, s) for level in (process.alpha, process.sigma)]
-        return levels, posterior(process, x0, x, t, s), log_variances(process, t, s)
+        of_data = posterior(process, *split(process, "x0", x0, x, t), t, s)
+        return levels, of_data, log_variances(process, t, s)
 
-    (alpha_t, sigma_t, alpha_s, sigma_s), of_mean, (least, most) = jax.device_get(found())
+    levels, (of_mean, std), (least, most) = jax.device_get(found())
+    alpha_t, sigma_t, alpha_s, sigma_s = levels
     kept = alpha_t / alpha_s
     added = sigma_t**2 - (kept * sigma_s) ** 2
     precision = 1 / sigma_s**2 + kept**2 / added
     mean = alpha_s * x0 / sigma_s**2 + kept * x / added
     np.testing.assert_allclose(of_mean, mean / precision, atol=5e-3)
+    np.testing.assert_allclose(std[:, 0], precision[:, 0] ** -0.5, rtol=5e-3)
     np.testing.assert_allclose(least, -np.log(precision[:, 0]), atol=5e-3)
     np.testing.assert_allclose(most, np.log(added[:, 0]), atol=5e-3)
 
@@ -275,8 +280,8 @@ def test_the_bound_by_its_definition():
     def terms(guess, fraction, t, s):
         x = perturb(process, x0, eps, t)
         found = variational_bound(process, guess, jnp.full((2, 4), fraction), x0, x, t, s)
-        start = convert(process, "eps", "x0", guess, x, t)
-        means = [posterior(process, x0, x, t, s) for x0 in (x0, start)]
+        parts = (split(process, *of, x, t) for of in (("x0", x0), ("eps", guess)))
+        means = [posterior(process, *of, t, s)[0] for of in parts]
         return found, *means, log_variances(process, t, s)
 
     for t, s in ((0.5, 0.49), (0.01, 0.0)):
@@ -317,7 +322,7 @@ def test_learned_variances_make_few_steps_exact():
         earlier = t - 1 / steps
         least, most = log_variances(process, t, earlier)
         # The variance of the posterior's mean, given x_t, adds to its own.
-        of_x0 = process.alpha(earlier) * -jnp.expm1(log_snr(process, t) - log_snr(process, earlier))
+        of_x0 = process.alpha(earlier) * renewed(process, t, earlier)
         left = s**2 * sigma**2 / (alpha**2 * s**2 + sigma**2)
         fraction = (jnp.log(jnp.exp(least) + of_x0**2 * left) - least) / (most - least)
         v = jnp.broadcast_to((2 * fraction - 1)[:, None], x.shape)

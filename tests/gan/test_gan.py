@@ -1,14 +1,20 @@
 """Losses and penalties against slow references, spectral norms, padding, sampling."""
 
+import ast
 import dataclasses
 import functools
+import textwrap
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from cvjax.build import build
+from cvjax.config import buildable, read
 from cvjax.errors import InputError
 from cvjax.gan import augment
 from cvjax.gan.augment import diff_augment
@@ -23,8 +29,9 @@ from cvjax.gan.losses import (
 )
 from cvjax.gan.model import Discriminator, Generator, PatchDiscriminator
 from cvjax.gan.task import GAN
-from cvjax.train.optimizer import Optimizer
+from cvjax.train.optimizer import Optimizer, optimizers_by_group
 from cvjax.train.state import TrainState
+from cvjax.train.step import initial_state, make_train_step
 from cvjax.train.task import Task
 
 SHAPE = (8, 8, 1)
@@ -139,6 +146,30 @@ def test_clipped_weights_stay_in_their_box():
     )
     with pytest.raises(InputError, match="limit is 0; it must be positive"):
         clipped(optax.sgd, 0.1, limit=0)
+
+
+def test_the_lines_in_the_docstring_of_wgan_gp_clip_the_critic_alone():
+    recipe = Path(__file__).parents[2] / "configs/wgan_gp.py"
+    config = read(f"{recipe}:tiny")
+    docstring = ast.get_docstring(ast.parse(recipe.read_text()))
+    exec(textwrap.dedent(docstring.rpartition(":\n\n")[2]), {"config": config})
+    built = build(buildable(config))
+    task = dataclasses.replace(built["task"], critic_steps=1)  # less to compile
+    batch = {"image": np.ones((2, 28, 28, 1)), "valid": np.ones(2, bool)}
+    shapes, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    optimizers = optimizers_by_group(built["optimizer"], shapes, list(shapes), steps=3)
+
+    @jax.jit
+    def train():
+        state = initial_state(task, batch, jax.random.key(0), optimizers, {})
+        step = make_train_step(task, optimizers)
+        return jax.lax.fori_loop(0, 3, lambda _, state: step(state, batch)[0], state).params
+
+    largest = {
+        group: max(np.abs(leaf).max() for leaf in jax.tree.leaves(params))
+        for group, params in train().items()
+    }
+    assert largest["discriminator"] <= 0.010001 and largest["generator"] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -426,6 +457,24 @@ def test_samples_have_statistics_of_their_own_parameters():
     }
     # A norm follows the layer: with the statistics of the other parameters this would saturate.
     np.testing.assert_allclose(sample(params, label, key), sample(larger, label, key), atol=2e-3)
+
+
+class WithoutNorm(nn.Module):
+    @nn.compact
+    def __call__(self, z, label, *, train=False):
+        return nn.sigmoid(nn.Dense(64)(z)).reshape(-1, *SHAPE)
+
+
+def test_a_generator_without_batchnorm_pays_for_no_statistics():
+    """XLA leaves out the pass of which nothing is used."""
+    task = dataclasses.replace(small(num_classes=0), generator=WithoutNorm())
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch_of())
+
+    def operations(task):
+        program = jax.jit(task.sample).lower(params, np.zeros(6, int), jax.random.key(0))
+        return program.compile().cost_analysis()["flops"]
+
+    assert operations(task) == operations(dataclasses.replace(task, statistics_batch=10_000))
 
 
 @pytest.mark.parametrize("classes", [0, 3])

@@ -1,11 +1,10 @@
 """DDIM and DDPM: predict x_0, then draw from p(x_s | x_t, x_0) with more noise or less."""
 
 import jax
-import jax.numpy as jnp
 
 from cvjax.checks import check_between
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, like, log_snr, perturb, split
+from cvjax.diffusion.process import Process, posterior, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -36,7 +35,8 @@ def ddim(
     check_between(0, 1, eta=eta)
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
-        mean, std = posterior(denoise, process, x, t, s, eta)
+        x0, eps = split(process, process.prediction, denoise(x, t), x, t)
+        mean, std = posterior(process, x0, eps, t, s, eta)
         return mean + std * normal(keys, shape, index) if eta > 0 else mean
 
     grid = time_steps(times, process, steps)
@@ -57,16 +57,3 @@ def ddpm(
     J. Ho et al., https://arxiv.org/abs/2006.11239, algorithm 2, with the smaller of its variances.
     """
     return ddim(denoise, process, keys, shape, steps, times=times, eta=1.0)
-
-
-def posterior(
-    denoise: Denoise, process: Process, x: jax.Array, t: jax.Array, s: jax.Array, eta: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of p(x_s | x_t, x_0) at the predicted x_0, the latter `eta`-fold.
-
-    What of the noise is not drawn anew stays in the mean, so that x_s has the noise of s.
-    """
-    x0, eps = split(process, process.prediction, denoise(x, t), x, t)
-    part = like(eta * jnp.sqrt(-jnp.expm1(log_snr(process, t) - log_snr(process, s))), x)
-    mean = perturb(process, x0, jnp.sqrt(1 - part**2) * eps, s)
-    return mean, like(process.sigma(s), x) * part

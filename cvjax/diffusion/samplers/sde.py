@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, convert, diffusion, drift, like
-from cvjax.diffusion.samplers.ancestral import posterior
+from cvjax.diffusion.process import Process, convert, diffusion, drift, like, posterior, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -74,9 +73,13 @@ def predictor_corrector(
         )
     grid = time_steps(times, process, steps)
 
+    def predict(x: jax.Array, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x0, eps = split(process, process.prediction, denoise(x, t), x, t)
+        return posterior(process, x0, eps, t, s)
+
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
         number = index * (corrections + 1)
-        mean, std = posterior(denoise, process, x, t, s)
+        mean, std = predict(x, t, s)
         x = mean + std * normal(keys, shape, number)
 
         def correct(x: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
@@ -88,7 +91,7 @@ def predictor_corrector(
 
     x = integrate(step, begin(process, keys, shape), grid[:-1], len(keys))
     t, s = (jnp.full(len(keys), time) for time in grid[-2:])
-    return posterior(denoise, process, x, t, s)[0]
+    return predict(x, t, s)[0]
 
 
 def _score(denoise: Denoise, process: Process, x: jax.Array, t: jax.Array) -> jax.Array:
