@@ -1,6 +1,5 @@
 """Image classification: one class for each image, or any number of labels."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from cvjax.classification.losses import (
 from cvjax.data.ranges import check_channels, check_labels
 from cvjax.data.transforms.mixing import Mixed
 from cvjax.errors import InputError
+from cvjax.nn.features import train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 
@@ -124,7 +124,6 @@ class Classification:
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The loss, mean over the valid examples; 0 when there is none."""
         valid = batch["valid"]
-        any_valid = jnp.any(valid)
         dropout_rng, augment_rng, mix_rng = (jax.random.fold_in(rng, i) for i in range(3))
         mixed = None
         if self.augment is not None:
@@ -132,20 +131,9 @@ class Classification:
         if self.mix is not None:
             mixed = self.mix(batch["image"], mix_rng, valid)
             batch = {**batch, "image": mixed.images}
-        takes_valid = "valid" in inspect.signature(self.model.__call__).parameters
-        collections = _own(state.model_state)
-        logits, model_state = self.model.apply(
-            {"params": params["model"], **collections},
-            self._input(batch),
-            train=True,
-            rngs={"dropout": dropout_rng},
-            mutable=list(collections),
-            # The statistics of no rows at all would be NaN.
-            **({"valid": valid | ~any_valid} if takes_valid else {}),
-        )
-        model_state = jax.tree.map(
-            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), collections
-        )
+        variables = {"params": params["model"], **_own(state.model_state)}
+        rngs = {"dropout": dropout_rng}
+        logits, model_state = train_pass(self.model, variables, self._input(batch), valid, rngs)
         target = _target(batch, logits.shape[-1])
         if mixed is not None:
             target = mixed.targets(target)

@@ -1,6 +1,5 @@
 """Object detection: images to boxes, labels and scores, and to masks and keypoints."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from cvjax import draw
 from cvjax.data.ranges import check_channels, check_labels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
+from cvjax.nn.features import accepted, train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
@@ -90,19 +90,10 @@ class Detection:
         NaN where a label is no class of the model's: as background nobody would miss it.
         """
         valid = jnp.asarray(batch["valid"], bool)
-        any_valid = jnp.any(valid)
-        # The statistics of no rows at all would be NaN.
-        told = self._told(valid=valid | ~any_valid, truth=self._truth(batch))
-        outputs, model_state = self.model.apply(
-            {"params": params["model"], **state.model_state},
-            self._input(batch),
-            train=True,
-            rngs={"dropout": rng, "sample": jax.random.fold_in(rng, 1)},
-            mutable=list(state.model_state),
-            **told,
-        )
-        model_state = jax.tree.map(
-            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
+        variables = {"params": params["model"], **state.model_state}
+        rngs = {"dropout": rng, "sample": jax.random.fold_in(rng, 1)}
+        outputs, model_state = train_pass(
+            self.model, variables, self._input(batch), valid, rngs, truth=self._truth(batch)
         )
         value, metrics = self._measure(outputs, batch)
         return value, (model_state, metrics)
@@ -111,7 +102,7 @@ class Detection:
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> Metrics:
         """Returns the loss and each of its parts, the mean over batches by their valid images."""
-        told = self._told(truth=self._truth(batch))
+        told = accepted(self.model.__call__, truth=self._truth(batch))
         rngs = {"sample": rng} if "truth" in told else None
         return self._measure(self._outputs(params, model_state, batch, rngs, **told), batch)[1]
 
@@ -149,11 +140,6 @@ class Detection:
             _paint(images, found, seen),
         ]
         return {"detection": draw.grid(jnp.concatenate(panels, axis=2), columns=4, padding=2)}
-
-    def _told(self, **known: PyTree) -> dict[str, PyTree]:
-        """Of what is known that which the model's call takes."""
-        takes = inspect.signature(self.model.__call__).parameters
-        return {name: value for name, value in known.items() if name in takes}
 
     def _outputs(
         self,

@@ -10,7 +10,7 @@ from clu.metrics import Average
 
 from cvjax.data.ranges import check_channels
 from cvjax.errors import InputError, nearest
-from cvjax.nn.features import ordered_features
+from cvjax.nn.features import ordered_features, train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 
@@ -123,18 +123,9 @@ class MultiTask:
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The weighted sum of the losses of the heads."""
-        valid = batch["valid"]
-        any_valid = jnp.any(valid)
-        outputs, model_state = self.network.apply(
-            self._variables(params, state.model_state),
-            self._input(batch),
-            train=True,
-            valid=valid | ~any_valid,  # The statistics of no rows at all would be NaN.
-            rngs={"dropout": rng},
-            mutable=list(state.model_state),
-        )
-        model_state = jax.tree.map(
-            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
+        variables = self._variables(params, state.model_state)
+        outputs, model_state = train_pass(
+            self.network, variables, self._input(batch), batch["valid"], {"dropout": rng}
         )
         value, metrics = self._measure(params, outputs, batch)
         return value, (model_state, metrics)

@@ -6,7 +6,6 @@ backbone's are the subsampled last one (their section 4.1), or two strided convo
 et al.: Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002, section 4).
 """
 
-import inspect
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError, nearest
 from cvjax.nn.convolution import convolution
+from cvjax.nn.features import accepted
 
 EXTRAS = ("pool", "backbone", "pyramid")
 
@@ -132,7 +132,6 @@ class Pyramid(nn.Module):
 
         `valid`, bool [b], says which rows are real; a backbone that does not take it is not told.
         """
-        takes_valid = "valid" in inspect.signature(self.backbone.features).parameters
-        told = {"valid": valid} if takes_valid else {}
-        maps = self.backbone.features(x, train=train, **told)
+        features = self.backbone.features
+        maps = features(x, train=train, **accepted(features, valid=valid))
         return self.fpn([maps[name] for name in self.names()])

@@ -1,6 +1,5 @@
 """Semantic segmentation: a softmax over classes at every pixel."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from clu.metrics import Average
 from cvjax import draw
 from cvjax.data.ranges import check_channels, check_labels
 from cvjax.errors import InputError, nearest
+from cvjax.nn.features import train_pass
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
@@ -96,20 +96,9 @@ class Segmentation:
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
         """The weighted sum of the losses over the pixels that count; 0 when none does."""
         valid = batch["valid"]
-        any_valid = jnp.any(valid)
-        takes_valid = "valid" in inspect.signature(self.model.__call__).parameters
-        logits, model_state = self.model.apply(
-            {"params": params["model"], **state.model_state},
-            self._input(batch["image"], valid),
-            train=True,
-            rngs={"dropout": rng},
-            mutable=list(state.model_state),
-            # The statistics of no rows at all would be NaN.
-            **({"valid": valid | ~any_valid} if takes_valid else {}),
-        )
-        model_state = jax.tree.map(
-            lambda new, old: jnp.where(any_valid, new, old), dict(model_state), state.model_state
-        )
+        variables = {"params": params["model"], **state.model_state}
+        image, rngs = self._input(batch["image"], valid), {"dropout": rng}
+        logits, model_state = train_pass(self.model, variables, image, valid, rngs)
         value, metrics = measure(logits, batch, losses=self.losses, weights=self.weights)
         return value, (model_state, metrics)
 
