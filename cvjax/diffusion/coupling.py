@@ -2,15 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from scipy.optimize import linear_sum_assignment
+from optax.assignment import hungarian_algorithm
 
 
 def optimal_coupling(x: jax.Array, eps: jax.Array, group: jax.Array | None = None) -> jax.Array:
     """The rows of `eps` [b, ...] in another order: least sum of squared distances to those of `x`.
 
     A. Tong et al., https://arxiv.org/abs/2302.00482, section 3.2.4 and A. Pooladian et al.,
-    https://arxiv.org/abs/2304.14772: the paths of a batch cross less. Exact, by SciPy on the host.
+    https://arxiv.org/abs/2304.14772: the paths of a batch cross less. Exact, on the device: a
+    callback to SciPy waits for ever where JAX has one thread and the batch is large.
 
     Args:
       x: images [b, ...].
@@ -18,18 +18,14 @@ def optimal_coupling(x: jax.Array, eps: jax.Array, group: jax.Array | None = Non
       group: integers [b, ...], labels or captions: noise stays among equal rows. It must: else
         noise would depend on the condition in training, but not in sampling.
     """
-
-    def assign(*arrays: jax.Array) -> np.ndarray:
-        x, eps, group = map(np.asarray, arrays)
-        gain = x @ eps.T  # the rest of |x - eps|^2 is the same for every order
-        apart = (group[:, None] != group[None]).any(-1)
-        forbidden = 2 * len(x) * np.abs(gain).max(initial=0) + 1
-        _, order = linear_sum_assignment(np.where(apart, -forbidden, gain), maximize=True)
-        return order.astype(np.int32)
-
     batch = len(x)
     if batch == 0:
         return eps
     group = jnp.zeros(batch, jnp.int32) if group is None else group
-    flat = (jax.lax.stop_gradient(a.reshape(batch, -1)) for a in (x, eps, group))
-    return eps[jax.pure_callback(assign, jax.ShapeDtypeStruct((batch,), jnp.int32), *flat)]
+    x, noise, group = (jax.lax.stop_gradient(a.reshape(batch, -1)) for a in (x, eps, group))
+    # The rest of |x - eps|^2 is the same for every order. Numbers, for else the search has no end.
+    cost = jnp.nan_to_num(-(x @ noise.T))
+    apart = jnp.any(group[:, None] != group[None], -1)
+    forbidden = batch * (jnp.max(cost) - jnp.min(cost)) + 1  # more than any order could save
+    rows, columns = hungarian_algorithm(cost + jnp.where(apart, forbidden, 0))
+    return eps[jnp.zeros(batch, jnp.int32).at[rows].set(columns)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import linear_sum_assignment
 
 from cvjax.diffusion import losses
 from cvjax.diffusion.coupling import optimal_coupling
@@ -180,6 +181,19 @@ def test_noise_stays_in_its_group(shape):
         orders = [eps[list(order)] for order in itertools.permutations(rows)]
         best = min(orders, key=lambda rows_of_eps, rows=rows: np.sum((x[rows] - rows_of_eps) ** 2))
         np.testing.assert_array_equal(found[rows], best)
+
+
+def test_the_coupling_of_a_large_batch_is_that_of_scipy():
+    rng = np.random.default_rng(4)
+    x, eps = rng.normal(size=(2, 128, 784)).astype(np.float32)
+    group = rng.integers(0, 5, 128)
+    gain = np.where(group[:, None] == group, np.float64(x) @ np.float64(eps).T, -1e6)
+    _, order = linear_sum_assignment(gain, maximize=True)
+    np.testing.assert_array_equal(couple(x, eps, group), eps[order])
+    x[0], x[1, 0], eps[2] = np.nan, np.inf, -np.inf
+    np.testing.assert_array_equal(
+        np.sort(couple(x, eps, group)[:, 0]), np.sort(eps[:, 0])
+    )  # it ends
 
 
 def test_the_coupling_over_devices_and_at_the_edges():
