@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cvjax.checks import check_at_least, check_unit
-from cvjax.data.ranges import check_unit_images
+from cvjax.checks import check_at_least, check_unit, check_unit_images
 from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import unit

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cvjax import draw
 from cvjax.autoencoder.task import images_of
-from cvjax.data.ranges import check_unit_images
+from cvjax.checks import check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 from cvjax.nn.vit import Block, ViT

@@ -16,8 +16,7 @@ from cvjax import draw
 from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
 from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
-from cvjax.checks import check_at_least
-from cvjax.data.ranges import check_unit_images
+from cvjax.checks import check_at_least, check_unit_images
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean

@@ -12,8 +12,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import average_precision_score
 
 from cvjax import draw
-from cvjax.checks import check_count
-from cvjax.data.ranges import check_labels
+from cvjax.checks import check_count, check_labels
 from cvjax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]

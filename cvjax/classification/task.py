@@ -10,13 +10,12 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.checks import check_fractions
+from cvjax.checks import check_channels, check_fractions, check_labels
 from cvjax.classification.losses import (
     distillation,
     sigmoid_distillation,
     softmax_cross_entropy,
 )
-from cvjax.data.ranges import check_channels, check_labels
 from cvjax.data.transforms.mixing import Mixed
 from cvjax.errors import InputError
 from cvjax.nn.features import train_pass

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_count
-from cvjax.data.ranges import check_labels
+from cvjax.checks import check_count, check_labels
 from cvjax.detection.overlap import box_area, box_overlap, keypoint_similarity, mask_overlap
 from cvjax.errors import InputError
 

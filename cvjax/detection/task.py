@@ -10,7 +10,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.data.ranges import check_channels, check_labels
+from cvjax.checks import check_channels, check_labels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
 from cvjax.nn.features import accepted, train_pass

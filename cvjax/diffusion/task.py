@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_at_least
-from cvjax.data.ranges import check_labels, check_unit_images
+from cvjax.checks import check_at_least, check_labels, check_unit_images
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError
-from cvjax.nn.unet import depth_to_space
+from cvjax.nn.space_to_depth import depth_to_space
 
 
 class ConditionalBatchNorm(nn.Module):

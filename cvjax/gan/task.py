@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.checks import check_at_least
-from cvjax.data.ranges import check_labels, check_unit_images
+from cvjax.checks import check_at_least, check_labels, check_unit_images
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu.metrics import Average
 
-from cvjax.data.ranges import check_channels
+from cvjax.checks import check_channels
 from cvjax.errors import InputError, nearest
 from cvjax.nn.features import ordered_features, train_pass
 from cvjax.train.state import Params, PyTree, TrainState

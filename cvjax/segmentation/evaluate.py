@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cvjax.checks import check_at_least
-from cvjax.data.ranges import check_labels
+from cvjax.checks import check_at_least, check_labels
 from cvjax.errors import InputError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.data.ranges import check_channels, check_labels
+from cvjax.checks import check_channels, check_labels
 from cvjax.errors import InputError, nearest
 from cvjax.nn.features import train_pass
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
