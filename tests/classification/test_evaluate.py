@@ -134,6 +134,13 @@ def test_scaling_mends_what_is_overconfident():
     assert found["ece_scaled"] < found["ece"]
 
 
+def test_calibration_has_the_bins_that_are_asked_for():
+    found = batches(Calibration(4)).result()
+    assert found["ece"] == pytest.approx(slow_ece(softmax(LOGITS, -1), LABELS, 4))
+    scaled = softmax(LOGITS / found["temperature"], -1)
+    assert found["ece_scaled"] == pytest.approx(slow_ece(scaled, LABELS, 4))
+
+
 def test_mean_average_precision():
     targets = (np.random.default_rng(2).random((50, 4)) < 0.3).astype(np.float32)
     targets[:, 2] = 0
