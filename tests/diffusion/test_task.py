@@ -217,7 +217,8 @@ def test_without_classes_a_batch_needs_no_labels():
     assert np.isfinite(loss)
     # ... and no class is said to have been asked for, or evaluators would look for agreement.
     assert set(jax.eval_shape(task.predict, params, {}, batch, jax.random.key(0))) == {"sample"}
-    assert jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"].shape
+    picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
+    assert picture.shape == (10 * 9 + 1, 10 * 9 + 1, 1)
 
 
 def test_samples_do_not_depend_on_how_the_batch_is_split():
