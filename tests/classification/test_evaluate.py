@@ -135,10 +135,12 @@ def test_scaling_mends_what_is_overconfident():
 
 
 def test_calibration_has_the_bins_that_are_asked_for():
-    found = batches(Calibration(4)).result()
-    assert found["ece"] == pytest.approx(slow_ece(softmax(LOGITS, -1), LABELS, 4))
+    labels = (LOGITS + np.random.default_rng(1).gumbel(size=LOGITS.shape)).argmax(-1)
+    found = batches(Calibration(4), labels=labels).result()
     scaled = softmax(LOGITS / found["temperature"], -1)
-    assert found["ece_scaled"] == pytest.approx(slow_ece(scaled, LABELS, 4))
+    for name, p in (("ece", softmax(LOGITS, -1)), ("ece_scaled", scaled)):
+        assert found[name] == pytest.approx(slow_ece(p, labels, 4))
+        assert found[name] != pytest.approx(slow_ece(p, labels, 15))
 
 
 def test_mean_average_precision():
