@@ -14,6 +14,7 @@ from cvjax import draw
 def test_grid_puts_each_image_in_its_place(n, columns, rows, padding, channels):
     images = np.random.default_rng(0).uniform(0.1, 1.0, (n, 4, 5, channels)).astype(np.float32)
     picture = draw.grid(images, columns=columns, padding=padding)
+    traced = jax.jit(lambda x: draw.grid(x, columns=columns, padding=padding))(images)
     columns = min(columns, n)
     expected = np.zeros(
         (rows * (4 + padding) + padding, columns * (5 + padding) + padding, channels), np.float32
@@ -24,7 +25,6 @@ def test_grid_puts_each_image_in_its_place(n, columns, rows, padding, channels):
         expected[top : top + 4, left : left + 5] = image
     assert isinstance(picture, np.ndarray)
     np.testing.assert_array_equal(picture, expected)
-    traced = jax.jit(lambda x: draw.grid(x, columns=columns, padding=padding))(images)
     np.testing.assert_array_equal(traced, expected)
 
 

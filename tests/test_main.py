@@ -55,11 +55,13 @@ BAD = {
     "module": (["--config.task.type=difusion.task.Diffusion"], "did you mean diffusion.task?"),
     "name in module": (["--config.task.type=diffusion.task.Difusion"], "did you mean Diffusion?"),
     "no dot": (["--config.task.type=Diffusion"], "it must be module.Name"),
-    "split": ([f"{DATA}.split=trian"], "train"),
+    "split": ([f"{DATA}.split=trian"], "it can be 'train' or 'test'"),
     "folder missing": (
-        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/nowhere"], "nowhere"),
+        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/nowhere"],
+        "nowhere does not exist"),
     "folder empty": (
-        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/hollow"], "hollow"),
+        [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.path={{tmp}}/hollow"],
+        "hollow has no sub-folders"),
     "field of another type": (
         [f"{DATA}.type=data.sources.folder.Folder", f"{DATA}.pth=x"], "did you mean path?"),
     "field left out": ([f"{DATA}.type=data.sources.folder.Folder"], "path is missing"),
@@ -71,7 +73,9 @@ BAD = {
         ["--config.optimizer.weight_decay=(('.*/kernel',1.0),)"], "no rule covers"),
     "guidance": (["--config.task.class_dropout=0.0"], "set class_dropout above 0"),
     "sampling": (["--config.task.sample_steps=0"], "sample_steps is 0"),
-    "prediction": (["--config.task.prediction=epsilon"], "eps"),
+    "prediction": (
+        ["--config.task.process.prediction=epsilon"],
+        "prediction is 'epsilon' (did you mean eps?)"),
     "halvings": (["--config.task.network.patch=3"], "multiples of 3"),
     "ema group": (["--config.ema.netwrok=0.9"], "did you mean network?"),
     "data field": (["--config.data.threds=3"], "did you mean threads?"),
@@ -196,13 +200,16 @@ def final(workdir):
 
 
 def wait_for_step(process, workdir, step):
-    """Until the log has come to a step, or the process is done."""
+    """Until the log of a process that lives has come to a step."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        lives = process.poll() is None
         rows = read_json_lines(workdir / "metrics.jsonl")
         if rows and rows[-1]["step"] >= step:
             return
+        assert lives, process.communicate()[0]
         time.sleep(0.02)
+    raise AssertionError(f"the log did not come to step {step} in two minutes")
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def hungarian(cost: jax.Array, valid: jax.Array) -> Assignment:
         nobody = jnp.zeros(k, bool)
         return Assignment(jnp.zeros(k, jnp.int32), nobody, jnp.ones(k, jnp.float32))
     cost = jax.lax.stop_gradient(jnp.asarray(cost, jnp.float32))
+    valid = jnp.asarray(valid)
     finite = jnp.isfinite(cost) & valid[:, None]
     largest = jnp.max(jnp.where(finite, jnp.abs(cost), 0.0))
     # Scaled down where sums of them would not be finite: the search would not end.

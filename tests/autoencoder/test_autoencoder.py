@@ -51,7 +51,7 @@ def test_padding_changes_nothing_and_pictures_are_images(name):
         found = task.evaluate(params, model_state, batch, rng)
         outputs = task.predict(params, model_state, batch, rng)
         pictures = task.visualize(params, model_state, batch, rng)
-        numbers = {key: metric.compute() for key, metric in {**metrics, **found}.items()}
+        numbers = [{key: m.compute() for key, m in of.items()} for of in (metrics, found)]
         return (loss, gradient, changed, numbers), outputs, pictures
 
     padded = {"image": batch["image"].copy(), "valid": np.arange(6) < 4}
@@ -66,7 +66,10 @@ def test_padding_changes_nothing_and_pictures_are_images(name):
         assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(one[1]["model"][group]))
     assert ("indices" in outputs) == (name in ("vq", "fsq"))
     # The loss is the error of what comes out, before it is clipped.
-    assert one[3]["mse"] > 0 and one[0] >= one[3]["mse"] * 0.999
+    trained, held_out = one[3]
+    assert held_out["mse"] > 0 and one[0] >= held_out["mse"] * 0.999
+    np.testing.assert_allclose(one[0], trained["mse"] + trained.get("bottleneck", 0), rtol=1e-5)
+    assert name != "vq" or trained["bottleneck"] > 1e-3 * trained["mse"]
     rows = 3 if name == "denoising" else 2
     assert pictures["reconstructions"].shape == (rows * 13 + 1, 6 * 13 + 1, 1)
     assert pictures["interpolations"].shape == (3 * 13 + 1, 10 * 13 + 1, 1)

@@ -142,3 +142,10 @@ def test_what_cannot_be_is_said(batch):
         TASK.check({"image": np.full((1, *SHAPE), np.nan), "valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="at least 2 patches"):
         TASK.split(jax.random.key(0), np.zeros((1, 4, 4, 1)))
+
+
+def test_the_latent_is_the_mean_over_all_patches(batch, started, results):
+    found = results(batch)[3]["latent"]
+    variables = {"params": started[0]["model"]["encoder"]}
+    encode = jax.jit(lambda image: ENCODER.apply(variables, 2 * image - 1, method=ViT.encode))
+    np.testing.assert_allclose(found, encode(batch["image"]).mean(1), atol=1e-5)

@@ -75,6 +75,13 @@ def moved(quantizer, variables, z, valid=ALL, seed=0):
     )[1]["codebook"]  # fmt: skip
 
 
+def test_dead_is_a_share_of_the_mean():
+    quantizer = VectorQuantizer(4, decay=0.9, restart_below=0.1)
+    codes = book([[0, 0], [100, 0], [200, 0], [300, 0]], [100, 100, 100, 1])
+    new = moved(quantizer, codes, draw(0, 4, 4, 2))
+    np.testing.assert_allclose(new["counts"][3], (0.9 * 301 + 0.1 * 16) / 4, rtol=1e-5)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def applied(quantizer, variables, z, valid):
     return quantizer.apply(variables, z, valid)

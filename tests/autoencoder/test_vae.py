@@ -81,6 +81,13 @@ def test_the_discretized_logistic_where_it_is_flat():
     np.testing.assert_allclose(gradient[..., 1].ravel(), -1, rtol=1e-4)
 
 
+def test_scales_of_the_discretized_logistic_are_held_above_a_limit():
+    outputs = np.float32([[0.3, -20], [0.3, -7]])[:, None, None]
+    image = np.full((2, 1, 1, 1), np.float32(0.5))
+    log_prob, _ = logistic(outputs, image)
+    np.testing.assert_allclose(log_prob[0], log_prob[1])
+
+
 def test_the_divergence_is_the_integral():
     x = np.linspace(-12, 12, 200_001)
     q = scipy.stats.norm(0.7, np.exp(-0.4))
@@ -125,6 +132,16 @@ def test_the_bound_rises_with_k_to_the_exact_likelihood():
     assert float(log_weights.mean()) == pytest.approx(
         float(log_likelihood.mean()) - divergence, abs=0.01
     )
+
+
+def test_the_nll_of_an_evaluation_is_the_importance_weighted_bound():
+    task = VAE(Wide(), Linear(), latents=1, likelihood=Gaussian(0.5), importance_samples=256)
+    batch = {"image": np.full((500, 1, 1, 1), np.float32(1.3)), "valid": np.ones(500, bool)}
+    params, _ = task.init(jax.random.key(0), batch)
+    found = jax.jit(task.evaluate)(params, {}, batch, jax.random.key(1))
+    exact = scipy.stats.norm.logpdf(1.3, 0, np.sqrt(1.25))
+    assert float(found["nll"].compute()) == pytest.approx(-exact, abs=0.02)
+    assert float(found["elbo"].compute()) < exact - 0.05
 
 
 def small(**fields):
@@ -182,6 +199,25 @@ def test_beta_warm_up_and_free_bits():
         assert loss(step, beta=2.0, warmup_steps=10)[0] == pytest.approx(expected(weight), rel=1e-5)
     free = loss(0, free_bits=5.0)[0]  # above the divergence of both latents
     assert free == pytest.approx(expected(0) + 2 * 5.0, rel=1e-5)
+
+
+def test_free_bits_are_of_the_mean_over_the_batch():
+    """Of two latents: below the limit in the mean or in some of the images alone."""
+    batch = batch_of()
+    params, state = start(small(), batch)
+    params = jax.tree.map(lambda p: 3 * p, params)
+    each = np.asarray(jax.jit(lambda p: kl_divergence(*small().encode(p, batch["image"])))(params))
+    free = float(np.median(each))
+
+    @jax.jit
+    def losses(params):
+        rng = jax.random.key(1)
+        return [small(**f).loss(params, state, batch, rng)[0] for f in ({}, {"free_bits": free})]
+
+    plain, with_free = losses(params)
+    expected = np.maximum(each.mean(0), free).sum() - each.mean(0).sum()
+    assert with_free - plain == pytest.approx(expected, abs=1e-3)
+    assert expected < np.maximum(each, free).mean(0).sum() - each.mean(0).sum() - 0.01
 
 
 def test_the_divergence_falls_as_beta_rises():

@@ -214,6 +214,12 @@ def test_training_moves_the_statistics_and_evaluation_does_not():
     (_, (new_state, _)), _ = take_step(task, params, model_state, batch)
     assert jax.tree.structure(new_state) == jax.tree.structure(model_state)
     assert (new_state["batch_stats"]["stem_norm"]["mean"] != 0).all()
+    # Held-out images change nothing, and are normalized by what was kept: each stands for itself.
+    other = {**batch, "image": batch["image"].copy()}
+    other["image"][1:] = 0.5
+    predict = jax.jit(lambda batch: task.predict(params, new_state, batch, jax.random.key(0)))
+    one, two = (predict(b)["logits"][0] for b in (batch, other))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -432,6 +438,21 @@ def test_a_student_learns_from_a_teacher():
     distance = losses.distillation(*logits, temperature=2.0).mean()
     np.testing.assert_allclose(value, 0.7 * plain + 0.3 * distance, rtol=1e-5)
     np.testing.assert_allclose(metrics["distillation"].compute(), distance, rtol=1e-5)
+
+
+def test_a_teacher_of_labels_that_do_not_exclude_each_other():
+    task = Classification(
+        Linear(), losses.sigmoid_cross_entropy, exclusive=False, teacher=Linear(), temperature=2.0
+    )
+    batch = batch_of(4)
+    batch["label"] = np.eye(CLASSES, dtype=np.float32)[batch["label"]]
+    params, state = task.init(jax.random.key(0), batch)
+    params["teacher"] = jax.tree.map(lambda x: -2 * x, params["model"])
+    (_, (_, metrics)), _ = take_step(task, params, state, batch)
+    x = 2 * batch["image"] - 1
+    one, two = (Linear().apply({"params": params[group]}, x) for group in ("model", "teacher"))
+    expected = losses.sigmoid_distillation(one, two, temperature=2.0).mean()
+    np.testing.assert_allclose(metrics["distillation"].compute(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_scaling_mends_what_is_overconfident():
     assert found["ece_scaled"] < found["ece"]
 
 
+def test_calibration_has_the_bins_that_are_asked_for():
+    labels = (LOGITS + np.random.default_rng(1).gumbel(size=LOGITS.shape)).argmax(-1)
+    found = batches(Calibration(4), labels=labels).result()
+    scaled = softmax(LOGITS / found["temperature"], -1)
+    for name, p in (("ece", softmax(LOGITS, -1)), ("ece_scaled", scaled)):
+        assert found[name] == pytest.approx(slow_ece(p, labels, 4))
+        assert found[name] != pytest.approx(slow_ece(p, labels, 15))
+
+
 def test_mean_average_precision():
     targets = (np.random.default_rng(2).random((50, 4)) < 0.3).astype(np.float32)
     targets[:, 2] = 0

@@ -86,7 +86,7 @@ def test_datasets_that_cannot_be_used(data_dir, fields, message):
 
 
 def test_the_command_in_the_message_is_python(data_dir):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="mnist is not prepared here") as caught:
         Tfds("mnist", data_dir=data_dir)
     command = str(caught.value).split('python -c "')[1].removesuffix('"')
     compile(command, "command", "exec")

@@ -1,6 +1,7 @@
 """Small detectors that torchvision and Hugging Face also have, with the same weights.
 
-`record_parity.py` asks the others and writes `parity.npz`; the tests ask ours. The weights are not
+`record_parity.py` asks the others and writes `parity.npz`, and `published.json` with the names and
+shapes of the weights that torchvision publishes; the tests ask ours. The weights are not
 kept: they follow from the names.
 """
 
@@ -17,6 +18,7 @@ from cvjax.nn.resnet import ResNet
 from tests.nn.parity import weights as by_name
 
 RECORD = Path(__file__).with_suffix(".npz")
+PUBLISHED = Path(__file__).with_name("published.json")
 CLASSES, FEATURES, SIZE = 5, 64, (128, 256)  # torchvision's largest stride divides the sizes
 SCORES = {"retinanet": 0.9, "fcos": 0.6, "rcnn": 0.4}
 OUTPUTS = 20

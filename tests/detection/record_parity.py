@@ -15,6 +15,7 @@ from tests.detection.parity import (
     CLASSES,
     FEATURES,
     OUTPUTS,
+    PUBLISHED,
     RECORD,
     SCORES,
     SIZE,
@@ -196,8 +197,29 @@ def record_detr():
     }
 
 
+def published_shapes():
+    """{peer: {name: shape}} of the published models, what all have under the name "all"."""
+    peers = {
+        "retinanet": detection.retinanet_resnet50_fpn,
+        "fcos": detection.fcos_resnet50_fpn,
+        "faster_rcnn": detection.fasterrcnn_resnet50_fpn,
+        "mask_rcnn": detection.maskrcnn_resnet50_fpn,
+        "keypoint_rcnn": detection.keypointrcnn_resnet50_fpn,
+    }
+    found = {}
+    for peer, build in peers.items():
+        arrays = build(weights=None, weights_backbone=None).state_dict()
+        found[peer] = {name: list(array.shape) for name, array in arrays.items()}
+    names = [name for name in found["fcos"] if all(name in of for of in found.values())]
+    common = {n: found["fcos"][n] for n in names if len({str(of[n]) for of in found.values()}) == 1}
+    own = {p: {n: s for n, s in of.items() if n not in common} for p, of in found.items()}
+    return {"all": common, **own}
+
+
 def main():
-    """Writes the record."""
+    """Writes the records."""
+    PUBLISHED.write_text(json.dumps(published_shapes()) + "\n")
+    print(PUBLISHED, PUBLISHED.stat().st_size)
     arrays = {}
     recorded = {peer: record(network) for peer, network in peers().items()}
     for peer, (shapes, given) in {**recorded, "detr": record_detr()}.items():

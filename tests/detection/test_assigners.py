@@ -118,6 +118,15 @@ def test_max_iou(seed):
         assigners.max_iou(ANCHORS, box, valid, foreground=0.3, background=0.4, low_quality=True)
 
 
+def test_max_iou_at_its_thresholds():
+    anchors = np.float32([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2.5], [0, 0, 10, 2]])
+    out = jax.jit(functools.partial(
+        assigners.max_iou, foreground=0.5, background=0.25, low_quality=False
+    ))(anchors, anchors[:1], np.ones(1, bool))  # fmt: skip
+    assert out.foreground.tolist() == [True, True, False, False]
+    assert out.weight.tolist() == [1, 1, 0, 1]
+
+
 def test_without_anchors_nobody_is_assigned():
     box, _, valid = truth(0)
     for low_quality in (False, True):
@@ -145,6 +154,12 @@ def test_atss(seed):
                 best[k], index[k] = overlap[i, k], i
     np.testing.assert_array_equal(out.foreground, best > -1)
     np.testing.assert_array_equal(out.index, index)
+
+
+def test_for_atss_a_centre_on_a_side_is_not_inside():
+    anchors, box = np.float32([[-4, 0, 4, 8], [4, 0, 12, 8]]), np.float32([[0, 0, 8, 8]])
+    out = jax.jit(lambda box: assigners.atss(anchors, box, np.ones(1, bool), (2,)))(box)
+    assert not out.foreground.any()
 
 
 def test_atss_with_equal_overlaps_has_all_of_them():
@@ -175,6 +190,21 @@ def test_fcos(seed):
                 best = size, i
         assert out.foreground[k] == (best is not None)
         assert out.index[k] == (best[1] if best else 0)
+
+
+def test_fcos_at_its_borders():
+    """Of ranges the ends count, of the box and of its middle they do not."""
+    box = np.float32([[0, 0, 8, 8]])
+    run = jax.jit(
+        functools.partial(assigners.fcos, strides=np.float32([2])), static_argnames="radius"
+    )
+    for point, ends, radius, expected in (
+        ((4, 4), (0, 4), 1.5, True), ((4, 4), (4, 9), 1.5, True), ((4, 4), (4.1, 9), 1.5, False),
+        ((6, 4), (0, 99), 1.0, False), ((0, 4), (0, 99), None, False),
+        ((7, 1), (0, 99), None, True), ((7, 1), (0, 99), 1.5, False),
+    ):  # fmt: skip
+        out = run(np.float32([point]), box, np.ones(1, bool), np.float32([ends]), radius=radius)
+        assert out.foreground.tolist() == [expected], (point, ends, radius)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -228,6 +258,11 @@ def test_hungarian_is_exact(kind):
         hungarian(cost.T, np.ones(9, bool))
 
 
+def test_hungarian_takes_arrays_of_numpy_outside_of_jit():
+    out = hungarian(np.float32([[2, 1]]), np.ones(1, bool))
+    assert out.foreground.tolist() == [False, True] and out.index.tolist() == [0, 0]
+
+
 def test_hungarian_avoids_what_is_not_finite():
     cost = np.array([[np.nan, 5.0, 1.0], [np.inf, 9.0, 1.0]], np.float32)
     out = jax.tree.map(np.asarray, solve(cost, np.ones(2, bool)))
@@ -235,6 +270,9 @@ def test_hungarian_avoids_what_is_not_finite():
     # At the limits of float32 it ends, too.
     cost = np.array([[3e38, -3e38, np.inf], [1, 2, np.inf], [0, -3e38, 3e38]], np.float32)
     assert solve(cost, np.ones(3, bool)).index.tolist() == [1, 0, 2]
+    # It is worse than all others together.
+    cost = np.float32([[10, np.inf], [-10, 10]])
+    assert solve(cost, np.ones(2, bool)).index.tolist() == [0, 1]
 
 
 def test_detr_cost():
@@ -261,6 +299,7 @@ def test_gaussian_radius():
             return float(np.min(iou(whole, whole + moves)))
 
         np.testing.assert_allclose(overlaps(r), 0.7, atol=1e-4)
+    np.testing.assert_allclose(overlaps(float(radius(height, width, 0.5))), 0.5, atol=1e-4)
 
 
 def test_heatmap():
@@ -280,3 +319,16 @@ def test_heatmap():
         assert heat[y, x, 0] == 1 and out.foreground[y * 15 + x] and out.index[y * 15 + x] == row
     np.testing.assert_allclose(heat[..., 0], expected, atol=1e-6)
     assert not heat[..., 1].any() and out.foreground.sum() == 2
+
+
+def test_centres_beside_the_map_have_no_cell_and_the_first_of_two_has_it():
+    box = [[-12, -12, -2, -2], [0, 70, 10, 90], [-9, 20, -1, 30], [8, 8, 16, 16], [7, 7, 17, 17]]
+    make = jax.jit(functools.partial(centre_heatmap, height=16, width=15, stride=4, num_classes=1))
+    for first in (3, 4):
+        order = [0, 1, 2, first, 7 - first]
+        heat, out = make(np.float32(box)[order], np.zeros(5, int), np.ones(5, bool))
+        assert np.flatnonzero(out.foreground).tolist() == [3 * 15 + 3] and heat[3, 3, 0] == 1
+        assert out.index[3 * 15 + 3] == 3
+        beside = np.arange(5) < 3
+        heat, _ = make(np.float32(box)[order], np.zeros(5, int), beside)
+        assert not heat.any()

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,6 +67,20 @@ def test_degenerate_boxes_give_nothing_and_finite_gradients(kind):
 
 def _sum(values):
     return values.sum(), values
+
+
+def test_alpha_of_ciou_has_no_gradient():
+    a, b = np.float32([2, 3, 12, 9]), np.float32([4, 1, 11, 13])
+
+    @jax.jit
+    def both(a):
+        angle = lambda box: jnp.arctan2(box[2] - box[0], box[3] - box[1])  # noqa: E731
+        v = lambda a: 4 / math.pi**2 * (angle(a) - angle(b)) ** 2  # noqa: E731
+        alpha = v(a) / (1 - boxes.paired_iou(a, b) + v(a))
+        by_hand = lambda x: boxes.paired_diou(x, b) - alpha * v(x)  # noqa: E731
+        return jax.grad(boxes.paired_ciou)(a, b), jax.grad(by_hand)(a)
+
+    np.testing.assert_allclose(*both(a), rtol=1e-4, atol=1e-6)
 
 
 def test_crowd_area_and_clip():

@@ -64,3 +64,12 @@ def test_touching_overlap_is_kept_and_other_classes_do_not_rival():
     # The IoU of the first two is 0.5, which is not more than 0.5.
     np.testing.assert_array_equal(found["labels"], [0, 0, 1])
     assert found["detected"].all()
+
+
+def test_a_score_at_the_threshold_is_no_detection():
+    run = jax.jit(lambda *of: [
+        select(*of, candidates=1, score=score, iou=0.5, outputs=1, size=(9, 9))["detected"]
+        for score in (0.5, 0.49)
+    ])  # fmt: skip
+    at, below = run(np.float32([[0, 0, 9, 9]]), np.float32([[0.5]]))
+    assert not at.any() and below.all()

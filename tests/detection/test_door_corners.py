@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -68,10 +69,21 @@ def test_the_detector_trains_and_says_corners(doors):
     batch = {name: np.stack([source[0][name], source[1][name]]) for name in source[0]}
     batch |= {"image": batch["image"] / np.float32(255), "valid": np.ones(2, bool)}
     key = jax.random.key(0)
-    params, state = jax.eval_shape(task.init, key, batch)
+    params, state = jax.jit(task.init)(key, batch)
     assert params["model"]["heads_corners"]["Dense_1"]["kernel"].shape == (64, 8)
     metrics = jax.eval_shape(task.evaluate, params, state, batch, key)
     assert {"corners", "box", "classification", "rpn_box", "rpn_objectness"} < set(metrics)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(params):
+        return task.loss(params, SimpleNamespace(model_state=state), batch, key)[0]
+
+    loss, gradient = loss_of(params)
+    assert np.isfinite(loss) and loss > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    head = gradient["model"]["heads_corners"]
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(head))
     found = jax.eval_shape(task.predict, params, state, batch, key)
     assert found["corners"].shape == (2, 4, 4, 2) and found["boxes"].shape == (2, 4, 4)
 

@@ -493,3 +493,17 @@ def test_ragged():
     first, second = ragged(values, np.array([[True, False, True], [False] * 3]))
     np.testing.assert_array_equal(first, [[0, 1], [4, 5]])
     assert second.shape == (0, 2)
+
+
+def test_the_area_of_a_truth_with_a_mask_is_that_of_the_mask():
+    mask = np.zeros((1, 1, 64, 64), bool)
+    mask[..., 10:30, 10:30] = True  # 400 pixels: small
+    box, label = np.float32([[[0, 0, 40, 40]]]), np.zeros((1, 1), int)  # 1,600: medium
+    one = np.ones((1, 1), bool)
+    evaluator = CocoEvaluator(1, ("masks",))
+    evaluator.add(
+        {"boxes": box, "scores": np.float32(one), "labels": label, "detected": one, "masks": mask},
+        {"boxes": box, "box_label": label, "box_valid": one, "valid": one[0], "masks": mask},
+    )
+    found = evaluator.result()
+    assert found["mask_AP_small"] == 1 and found["mask_AP_medium"] == -1

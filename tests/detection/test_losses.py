@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvjax.detection import losses
+from cvjax.detection import boxes, losses
 from cvjax.errors import InputError
 
 X = np.random.default_rng(0).normal(size=12) * 3
@@ -40,6 +40,17 @@ def test_distribution_focal():
     loss = jax.jit(losses.distribution_focal)(logits, np.array([1.25, 4.0]))
     expected = [-0.75 * log_p[0, 1] - 0.25 * log_p[0, 2], -log_p[1, 4]]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    beyond, ends = (
+        jax.jit(losses.distribution_focal)(logits, np.array(at)) for at in ([-2.0, 9.0], [0.0, 4.0])
+    )
+    np.testing.assert_allclose(beyond, ends)
+
+
+def test_the_focal_loss_of_an_easy_example_does_not_cancel():
+    x, p = np.float32([-12.0]), 1 / (1 + np.exp(12.0))
+    focal = jax.jit(losses.sigmoid_focal, static_argnames="alpha")
+    for found, weight in ((focal(x, 0 * x), 0.75), (focal(x, 0 * x, alpha=None), 1)):
+        np.testing.assert_allclose(found, weight * p**2 * -np.log1p(-p), rtol=1e-4)
 
 
 def test_of_boxes():
@@ -59,6 +70,22 @@ def test_of_boxes():
     sides = np.array([[1, 2, 4, 2], [-1, 1, 1, 1], [0, 0, 0, 0]])
     out = jax.jit(losses.centerness)(sides)
     np.testing.assert_allclose(out, [0.5, 0, 0])
+    slope = jax.jit(jax.grad(losses.centerness))(np.float32([1, 2, 4, 3]))
+    assert not slope.any()
+
+
+@jax.jit
+def of_one_pair(a, b):
+    kinds = ("iou", "giou", "diou", "ciou")
+    found = [getattr(losses, f"{kind}_loss")(a, b) for kind in kinds]
+    return found, [1 - getattr(boxes, f"paired_{kind}")(a, b) for kind in kinds]
+
+
+def test_each_loss_is_of_its_own_overlap():
+    """Of two boxes that overlap in part and are of other shapes the four differ."""
+    found, expected = of_one_pair(np.float32([2, 3, 12, 9]), np.float32([4, 1, 11, 13]))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len(np.unique(np.round(found, 3))) == 4
 
 
 LOSS = np.array([[1, 2, np.nan], [4, np.inf, np.nan], [np.nan, 3, 3]], np.float32)
@@ -76,6 +103,9 @@ def test_normalized_by_hand(by, expected, slope):
     whole = jax.jit(lambda *given: losses.normalized(*given, by=by))
     assert whole(LOSS[:2], WEIGHT[:2], COUNT[:2]) == expected
     assert whole(LOSS, 0 * WEIGHT, 0 * COUNT) == 0
+    if by != "image":  # less than one counts as one
+        few = np.float32([[0.25, 0, 0], [0] * 3])
+        assert whole(np.ones_like(few), np.ones_like(few), few) == 6
     masked = jax.jit(jax.value_and_grad(functools.partial(losses.normalized, by=by)))
     value, gradient = jax.device_get(masked(LOSS, WEIGHT, COUNT, VALID))
     assert value == expected

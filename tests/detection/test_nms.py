@@ -87,6 +87,26 @@ def test_soft_nms(sigma):
     np.testing.assert_allclose(kept.scores[kept.valid], [s for _, s in expected], rtol=1e-5)
 
 
+soft = jax.jit(soft_nms, static_argnames=("sigma", "iou_threshold", "min_score", "max_outputs"))
+
+
+def test_soft_nms_at_its_borders():
+    twins = np.float32([[0, 0, 10, 10], [0, 0, 10, 5]])  # an IoU of exactly 1 / 2
+    kept = soft(twins, np.float32([1, 0.5]), sigma=None, iou_threshold=0.5, min_score=0.25,
+                max_outputs=2)  # fmt: skip
+    assert kept.valid.tolist() == [True, True] and kept.scores.tolist() == [1, 0.25]
+    apart = np.float32([[0, 0, 1, 1], [5, 5, 6, 6], [9, 9, 10, 10]])
+    for scores, valid in (([0.5, 0.25, 0.2], [True, True, False]), ([0.2, 0.1, 0.2], [False] * 3)):
+        kept = soft(apart, np.float32(scores), min_score=0.25, max_outputs=3)
+        assert kept.valid.tolist() == valid
+
+
+def test_a_box_of_nan_lowers_nobody_softly():
+    box = np.float32([[np.nan] * 4, [0, 0, 9, 9], [50, 50, 60, 60]])
+    kept = soft(box, np.float32([0.9, 0.8, 0.7]), min_score=0.25, max_outputs=3)
+    np.testing.assert_allclose(kept.scores, [0.9, 0.8, 0.7])
+
+
 matrix = jax.jit(matrix_nms, static_argnames=("sigma", "max_outputs"))
 
 

@@ -113,7 +113,11 @@ def test_levels():
     box = np.array([[0, 0, 224, 224], [0, 0, 112, 112], [0, 0, 111, 111], [0, 0, 9000, 9000],
                     [0, 0, 0, 0], [np.nan] * 4])  # fmt: skip
     found = jax.jit(fpn_levels, static_argnums=(1, 2))(box, 2, 5)
-    np.testing.assert_array_equal(found[:5], [2, 1, 0, 3, 0])
+    np.testing.assert_array_equal(found, [2, 1, 0, 3, 0, 0])
+    # A box of `size` is of the level, whatever the rounding of its roots is.
+    size = np.arange(1, 1500, dtype=np.float32)
+    box = np.stack([0 * size, 0 * size, size, size], -1)
+    assert (fpn_levels(box, 2, 5, size=size) == 2).all()
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -178,6 +182,23 @@ def test_a_sample_on_the_border_counts():
     out = roi_align([jnp.ones((1, 17, 13, 1))], box, **settings)
     expected = slow(np.ones((17, 13, 1)), box[0, 0], 4.0, (2, 1), None, True)
     np.testing.assert_allclose(out[0, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, None])
+def test_one_sample_on_either_border_counts(samples):
+    corner = np.float32([-1, 4])[:, None]
+    box = np.concatenate([corner, corner, corner + 1, corner + 1], 1)[None]
+    out = align([jnp.ones((1, 4, 4, 1))], box, strides=(1.0,), output_size=(1, 1), samples=samples)
+    assert out.ravel().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("samples", [2, None])
+def test_a_level_too_high_is_the_last_and_a_box_without_a_place_is_nothing(samples):
+    maps = [jnp.ones((1, 4, 4, 1)), jnp.full((1, 2, 2, 1), 3.0)]
+    box = np.float32([[[0, 0, 2, 2], [np.nan] * 4, [np.nan, np.nan, np.inf, np.inf], [np.inf] * 4]])
+    settings = dict(strides=(1, 2), output_size=(1, 1), samples=samples)
+    out = align(maps, box, np.array([[7, 0, 0, 0]]), **settings)
+    assert out.ravel().tolist() == [3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("samples", [2, None])

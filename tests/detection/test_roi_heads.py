@@ -193,6 +193,19 @@ def test_masks_are_pasted_pixel_by_pixel():
     assert found[0].any() and not found[5:].any()
 
 
+def test_what_is_exactly_at_the_threshold_belongs():
+    """To the mask that is pasted, and to that which a cell is told."""
+    masks = np.full((1, 2, 2), np.float32(0.5))
+    assert paste(masks, np.float32([[2, 2, 6, 6]]), (8, 8), 0.5)[0, 3:5, 3:5].all()
+    half = np.zeros((1, 4, 4), bool)
+    half[0, :, :2] = True
+    samples = samples_of([[0, 0, 4, 4]], [0], [1], [1])
+    truth = {"masks": half, "box_label": np.zeros(1, int)}
+    logits = np.full((1, 1, 1, 2), np.float32(3))
+    loss, _ = jax.jit(MaskHead(1).losses)(logits, samples, truth)["mask"]
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-3.0)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(24, 24), (13, 20), (7, 29)])
 def test_a_mask_that_is_cropped_and_pasted_is_itself(size):
     """Of a rectangle that fills its box; and of any shape where a cell is a pixel."""

@@ -51,6 +51,7 @@ def test_the_anchors_are_those_of_torchvision_where_it_is_asked():
 
 
 def test_proposals_are_those_of_the_slow_loop(outputs):
+    outputs = {name: x.copy() for name, x in outputs.items()}
     outputs["deltas"][0, : COUNTS[0] : 3, 2:] = -6  # Some are tiny and
     outputs["deltas"][1, 5::7, :2] = 40  # some beside the image: dropped.
     boxes, valid = jax.jit(lambda o: MODEL.propose(o, SIZE, STRIDES))(outputs)

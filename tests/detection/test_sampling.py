@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cvjax.detection.assigners import Assignment
-from cvjax.detection.sampling import sample
+from cvjax.detection.sampling import foreground_rows, sample
 from cvjax.errors import InputError
 
 # Of ten candidates three have an object, two count nowhere.
@@ -85,3 +85,7 @@ def test_impossible_settings():
     for count, fraction, name in ((0, 0.5, "count"), (4, 1.5, "fraction"), (4, -0.1, "fraction")):
         with pytest.raises(InputError, match=f"{name} is"):
             sample(jax.random.key(0), BOXES, assignment, count=count, fraction=fraction)
+
+
+def test_at_most_the_fraction_has_an_object():
+    assert [foreground_rows(count, 0.5) for count in (4, 5, 6, 7)] == [2, 2, 3, 3]

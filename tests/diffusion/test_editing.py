@@ -12,7 +12,7 @@ from cvjax.diffusion.editing import invert, repaint, slerp
 from cvjax.diffusion.process import FlowMatching, VariancePreserving, combine
 from cvjax.diffusion.samplers import example_keys, heun, unipc
 from cvjax.errors import InputError
-from tests.diffusion.mixture import exact, points
+from tests.diffusion.mixture import assert_is_mixture, exact, points
 
 MEAN, COVARIANCE = np.array([0.3, -0.2]), np.array([[0.5, 0.35], [0.35, 0.4]])
 
@@ -117,6 +117,8 @@ def test_slerp():
     np.testing.assert_allclose(norm(middle), norm(a), rtol=0.03)
     assert np.all(norm((a + b) / 2) < 0.75 * norm(a))
     np.testing.assert_allclose(slerp(a, a, 0.3), a, atol=1e-5)
+    many = np.random.default_rng(0).standard_normal((500, 7)).astype(np.float32)
+    np.testing.assert_allclose(slerp(many, many, 0.3), many, rtol=1e-3)
     # Nothing has no direction.
     np.testing.assert_array_equal(slerp(a, 0 * a, 0.0), a)
     np.testing.assert_allclose(slerp(0 * a, a, 0.25), 0.25 * a, atol=1e-6)
@@ -127,9 +129,10 @@ def test_slerp():
 
 
 def test_interpolated_noise_makes_samples():
-    process = FlowMatching()
-    noise = normal(2, 2)
-    between = slerp(noise[:1], noise[1:], 0.5)
-    keys = example_keys(jax.random.key(0), 1)
-    run = jax.jit(lambda start: heun(exact(process), process, keys, (2,), 12, start=start))
-    assert np.all(np.isfinite(run(between)))
+    """Noise between two draws of many numbers is a draw: what comes of it is the mixture."""
+    process, count = FlowMatching(), 4000
+    between = slerp(*normal(2, 1, count * 2), 0.4)
+    keys = example_keys(jax.random.key(0), count)
+    run = jax.jit(lambda start: heun(exact(process), process, keys, (2,), 32, start=start))
+    bias = dict(weights=0.01, means=0.01, covariances=0.01)
+    assert_is_mixture(run(between.reshape(count, 2)), bias)

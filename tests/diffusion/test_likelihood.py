@@ -21,6 +21,7 @@ from cvjax.diffusion.process import (
     SubVariancePreserving,
     VarianceExploding,
     VariancePreserving,
+    combine,
 )
 from cvjax.diffusion.samplers import example_keys
 from cvjax.errors import InputError
@@ -136,6 +137,42 @@ def test_offsets():
     # One grey level for certain: no bits.
     certain = np.float32(12 * np.log(128.0))
     np.testing.assert_allclose(bits_per_dimension(certain, 12), 0, atol=1e-6)
+
+
+def test_the_bound_of_one_step_is_right_on_average():
+    """Of a denoiser that says 0: (1/low^2 - 1/high^2) / 2 more than the decoder and the prior."""
+    process, n = EDM(sigma_max=2.0), 20_000
+    run = jax.jit(lambda keys: vlb(lambda x, t: 0 * x, process, jnp.ones((n, 1)), keys, 1))
+    found = run(example_keys(jax.random.key(0), n))
+    low, high = (float(process.sigma(t)) for t in (0.0, 1.0))
+    decoder = -0.5 * (1 + np.log(2 * np.pi * low**2))
+    lost = decoder - float(np.mean(np.asarray(found, np.float64)))
+    np.testing.assert_allclose(lost, (low**-2 - high**-2) / 2 + high**-2 / 2, rtol=0.1)
+
+
+def test_the_bound_pays_for_what_is_left_of_the_image_at_the_end():
+    process, x = EDM(sigma_max=2.0), jnp.full((2, 3), 5.0)
+    run = jax.jit(lambda keys: vlb(lambda noisy, t: x, process, x, keys, 4))
+    found = run(example_keys(jax.random.key(0), 2))
+    decoder = -1.5 * (1 + np.log(2 * np.pi) + 2 * np.log(float(process.sigma(0.0))))
+    np.testing.assert_allclose(found, decoder - 3 * 25 / (2 * 4), rtol=1e-3)
+
+
+def test_ode_of_many_numbers():
+    """An error of each in log alpha is 256 times as large in their sum."""
+    process, numbers = FlowMatching(), 256
+
+    def denoise(x, t):
+        a, s = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        total = a**2 + s**2
+        return combine(process, "velocity", a * x / total, s * x / total, t)
+
+    x = np.random.default_rng(0).normal(size=(2, numbers)).astype(np.float32)
+    run = jax.jit(lambda keys: ode_log_likelihood(denoise, process, jnp.asarray(x), keys, 64))
+    found = run(example_keys(jax.random.key(0), 2))
+    variance = 1 + float(process.sigma(0.0) / process.alpha(0.0)) ** 2
+    expected = -(x**2).sum(1) / 2 / variance - numbers / 2 * np.log(2 * np.pi * variance)
+    np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 def test_dequantization_never_reaches_the_next_level(monkeypatch):

@@ -324,6 +324,21 @@ def test_probabilities_of_levels():
         log_p, gradient = both(np.float32(mean), np.float32(2 * np.log(deviation)))
         np.testing.assert_allclose(np.sum(np.exp(log_p)), 1, rtol=1e-4)
         assert np.all(np.isfinite(log_p)) and np.isfinite(gradient)
+    few = np.arange(16, dtype=np.float32) / np.float32(7.5) - 1
+    log_p = jax.jit(log_probability_of_level, static_argnums=3)(few, 0.1, -2.0, 16)
+    np.testing.assert_allclose(np.sum(np.exp(log_p)), 1, rtol=1e-4)
+
+
+def test_a_fraction_of_the_variance_out_of_its_range_is_cut():
+    process, keys = VariancePreserving("linear", "eps"), example_keys(jax.random.key(0), 3)
+
+    @jax.jit
+    def run(v):
+        denoise = lambda x, t: jnp.concatenate([x, v + 0 * x], -1)  # noqa: E731
+        return ddpm_learned(denoise, process, keys, (1,), 4)
+
+    np.testing.assert_array_equal(run(5.0), run(1.0))
+    np.testing.assert_array_equal(run(-5.0), run(-1.0))
 
 
 def test_learned_variances_make_few_steps_exact():

@@ -34,7 +34,7 @@ from cvjax.diffusion.samplers import (
     unipc,
 )
 from cvjax.diffusion.samplers.adaptive import solve
-from cvjax.diffusion.samplers.integration import normal
+from cvjax.diffusion.samplers.integration import begin, normal
 from cvjax.errors import InputError
 from tests.diffusion.mixture import assert_is_mixture, exact
 
@@ -259,6 +259,27 @@ def test_heun_with_churn_is_algorithm_2_of_edm():
         if i < steps - 1:
             x = x + (sigmas[i + 1] - sigma) * (slope(guess, sigmas[i + 1]) - here) / 2
     np.testing.assert_allclose(found, x, atol=2e-3)  # float32 at sigma = 80 keeps 5e-6 of 80
+
+
+def test_churn_is_held_below_the_root_of_two():
+    keys, settings = example_keys(jax.random.key(0), 4), dict(times=grids.karras)
+
+    @jax.jit
+    def both(keys):
+        return [
+            heun(exact(EDM()), EDM(), keys, (2,), 12, s_churn=churn, **settings)
+            for churn in (1e3, 12 * (2**0.5 - 1))
+        ]
+
+    np.testing.assert_allclose(*both(keys), atol=1e-4)
+
+
+def test_the_last_step_of_euler_maruyama_adds_no_noise():
+    process, keys = VarianceExploding(), example_keys(jax.random.key(0), 4)
+    run = jax.jit(lambda keys: (
+        euler_maruyama(lambda x, t: 0 * x, process, keys, (2,), 1), begin(process, keys, (2,))
+    ))  # fmt: skip
+    np.testing.assert_allclose(*run(keys), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_solver_2m", "unipc", "adaptive"])

@@ -217,7 +217,8 @@ def test_without_classes_a_batch_needs_no_labels():
     assert np.isfinite(loss)
     # ... and no class is said to have been asked for, or evaluators would look for agreement.
     assert set(jax.eval_shape(task.predict, params, {}, batch, jax.random.key(0))) == {"sample"}
-    assert jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"].shape
+    picture = jax.eval_shape(task.visualize, params, {}, batch, jax.random.key(0))["samples"]
+    assert picture.shape == (10 * 9 + 1, 10 * 9 + 1, 1)
 
 
 def test_samples_do_not_depend_on_how_the_batch_is_split():
@@ -305,3 +306,30 @@ def test_a_run_says_what_a_sample_costs():
     learned = dict(num_classes=CLASSES, image_shape=SHAPE, sampler=ddpm_learned, sample_steps=7)
     told = LearnedVariance(Linear(), VariancePreserving(), **learned).summary()
     assert "takes 7 evaluations of the network: ddpm_learned, 7 steps" in told
+
+
+def test_the_times_of_training_move_and_evaluation_drops_no_class():
+    asked = []
+
+    class Spy(nn.Module):
+        def __call__(self, x, t, label):
+            asked.append((t, label))
+            return x
+
+    task, batch = task_of(Spy(), class_dropout=0.9), batch_of()
+    state = TrainState(np.int32(0), jax.random.key(0), {"network": {}}, {}, {}, {})
+
+    @jax.jit
+    def ask(batch):
+        asked.clear()
+        for seed in range(2):
+            task.loss(state.params, state, batch, jax.random.key(seed))
+        for seed in range(2):
+            task.evaluate(state.params, {}, batch, jax.random.key(seed))
+        return list(asked)
+
+    (one, _), (other, _), *held_out = ask(batch)
+    assert not np.isin(one, other).any()
+    np.testing.assert_array_equal(held_out[0][0], held_out[1][0])
+    for _, label in held_out:
+        np.testing.assert_array_equal(label, batch["label"])

@@ -337,6 +337,23 @@ def test_padding_changes_nothing():
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(nothing))
 
 
+def test_what_the_penalties_cost():
+    batch = batch_of()
+    params, state = start(small())
+
+    @jax.jit
+    def costs(params):
+        critic = lambda x: small()._logit(params, state.model_state, x, batch["label"])  # noqa: E731
+        found = [
+            small(**f).discriminator_loss(params, state, batch, jax.random.key(1))[0]
+            for f in ({}, {"r1": 3.0, "gradient_penalty": 1.0}, {"gradient_penalty": 2.0})
+        ]
+        return found, r1_penalty(critic, small()._clean(batch)[0]).mean()
+
+    (plain, both, twice), penalty = costs(params)
+    np.testing.assert_allclose(twice - plain, 2 * (both - plain - 1.5 * penalty), rtol=1e-3)
+
+
 def test_objectives_and_the_state_they_change():
     task, batch = small(critic_steps=3), batch_of()
     objectives = task.objectives

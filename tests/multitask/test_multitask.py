@@ -94,7 +94,8 @@ def test_uncertainties_are_those_of_the_paper_and_find_their_minimum():
     params, model_state = initialized("learned")
     start = params["model"]["log_variance"]
     assert start == {"pixels": 0, "present": 0}
-    params["model"]["log_variance"] = {"pixels": np.float32(0.7), "present": np.float32(-1.2)}
+    log_variance = {"pixels": np.float32(0.7), "present": np.float32(-1.2)}
+    params = {"model": params["model"] | {"log_variance": log_variance}}
     ((value, (_, found)), gradient), _ = step_of("learned")(params, model_state, batch_of(4))
     losses = {name: float(found[f"{name}/loss"].compute()) for name in ("pixels", "present")}
     expected = sum(

@@ -309,6 +309,16 @@ def test_a_state_that_is_not_finite_is_refused_and_the_array_named(tmp_path):
     assert steps_in(tmp_path) == [5]
 
 
+def test_a_scalar_of_the_parameters_that_is_infinite_is_refused(tmp_path):
+    state = make_state()
+    state.params["model"]["scale"] = jnp.float32(jnp.inf)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(NonFiniteError, match="params/model/scale"),
+    ):
+        save(checkpoints, 4, state)
+
+
 def test_the_round_trip_leaves_nothing_behind(tmp_path):
     with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
         checkpoints.prove_round_trip(make_state())

@@ -46,6 +46,17 @@ def test_evaluation_is_exact_with_a_short_last_batch():
     np.testing.assert_allclose(found["loss"], np.mean(np.sum((outputs - y) ** 2, -1)), rtol=1e-5)
 
 
+def test_averages_of_parameters_are_there_and_are_evaluated():
+    task = Regression()
+    state = fit(task, Linear(), steps=5, batch_size=8, optimizer=optax.sgd(0.1), ema=0.9).state
+    assert set(state.ema) == {"model"}
+    of_average, of_average_alone, of_last = (
+        evaluate(task, state, Linear(21), batch_size=8)[0]["loss"]
+        for state in (state, state.replace(params=state.ema, ema={}), state.replace(ema={}))
+    )
+    assert of_average == of_average_alone != of_last
+
+
 class Count:
     """Counts what is valid; a fresh copy at each evaluation."""
 

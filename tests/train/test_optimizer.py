@@ -77,6 +77,11 @@ def test_clipping_by_global_norm():
     np.testing.assert_allclose(optax.global_norm(update), 0.5, rtol=1e-6)
 
 
+def test_the_gradient_is_clipped_and_not_the_update():
+    _, update = updates(Optimizer(optax.sgd, 0.1, clip_norm=0.5), gradient=100.0)
+    np.testing.assert_allclose(optax.global_norm(update), 0.05, rtol=1e-6)
+
+
 def test_schedules_are_completed_with_the_length_of_the_run():
     cosine = functools.partial(optax.cosine_decay_schedule, init_value=2.0)
     schedule = Optimizer(learning_rate=cosine, warmup_steps=20).schedule(120)

@@ -10,7 +10,7 @@ from cvjax.train import sharding
 from cvjax.train.optimizer import Optimizer, optimizers_by_group
 from cvjax.train.state import TrainState
 from cvjax.train.step import _all_finite, initial_state, make_train_step, warmed_up_decay
-from cvjax.train.task import Objective, Task
+from cvjax.train.task import Objective, Task, mean
 from tests.train.toys import (
     Adversarial,
     Bootstrap,
@@ -99,7 +99,8 @@ def ragged(batch, count):
     """Only the first `count` rows are valid; the others are NaN."""
     valid = np.arange(len(batch["valid"])) < count
     row = valid[:, None]
-    return {"x": np.where(row, batch["x"], 0), "y": np.where(row, batch["y"], 0), "valid": valid}
+    x, y = (np.where(row, batch[name], np.float32(np.nan)) for name in "xy")
+    return {"x": x, "y": y, "valid": valid}
 
 
 @pytest.mark.parametrize("count", [32, 13, 1, 0])
@@ -115,6 +116,9 @@ def test_parts_in_one_step_are_the_whole_batch(count):
             state, metrics = step(state, batch)
         states.append(state.params), rows.append(metrics["loss"])
     assert_close(*states, rtol=1e-5, atol=1e-6)
+    first = jax.tree.leaves(start(task, optimizer)[0].params)
+    for one, leaf in zip(first, jax.tree.leaves(states[0]), strict=True):
+        assert (np.asarray(one) != leaf).any() == (count > 0)
     assert float(rows[0].count) == float(rows[1].count) == count
     np.testing.assert_allclose(rows[0].total, rows[1].total, rtol=1e-5)
 
@@ -279,3 +283,74 @@ def test_pmap_runs_the_same_step():
         runs.append((state.params, state.ema, metrics["loss"].compute(), state.step))
     # The mean of eight means against one mean: float32 rounding through five steps of Adam.
     assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
+
+
+def scalar(count):
+    """`count` objectives of the one parameter w = 1, each with the loss w^2 / 2."""
+
+    def loss(params, state, batch, rng):
+        w = params["a"]["w"]
+        return w**2 / 2, (state.model_state, {"loss": mean(w[None])})
+
+    return SimpleNamespace(
+        init=lambda rng, batch: ({"a": {"w": jnp.float32(1)}}, {}),
+        objectives=[Objective("a", loss)] * count,
+    )
+
+
+def test_the_second_objective_sees_what_the_first_did():
+    state, _ = train(scalar(2), optax.sgd(0.5), [batch_of(0)])
+    assert state.params["a"]["w"] == 0.25
+
+
+def test_the_average_follows_when_any_objective_of_the_group_was_an_update():
+    """Of four micro-updates of three to an update the third is one, the fourth is not."""
+    optimizer = optax.MultiSteps(optax.sgd(0.5), 3)
+    state, _ = train(scalar(2), optimizer, [batch_of(0)] * 2, {"a": 0.0})
+    assert state.ema["a"]["w"] == state.params["a"]["w"] == 0.5
+
+
+def test_a_decay_is_told_the_steps_before_this_one():
+    ema = {"model": lambda step: jnp.where(step == 0, 0.0, 1.0)}
+    state, _ = train(Regression(), optax.sgd(0.1), [batch_of(0)], ema)
+    assert_close(state.ema["model"], state.params["model"], rtol=1e-6, atol=1e-7)
+
+
+def drawing(*names):
+    """A task of one objective for each name, which tells the number that it draws."""
+
+    def objective(name):
+        def loss(params, state, batch, rng):
+            u = jax.random.uniform(rng)
+            metrics = {name: mean(u[None]), f"{name}^2": mean(u[None] ** 2)}
+            return 0 * jnp.sum(params["model"]["w"]), (state.model_state, metrics)
+
+        return Objective("model", loss)
+
+    return SimpleNamespace(
+        init=lambda rng, batch: ({"model": {"w": jnp.ones(3)}}, {}),
+        objectives=[objective(name) for name in names],
+    )
+
+
+def test_every_objective_part_and_device_draws_its_own():
+    (_, (row,)) = train(drawing("a", "b"), optax.sgd(0.1), [batch_of(0)])
+    assert row["a"] != row["b"]
+    state, optimizers = start(drawing("a"), optax.sgd(0.1))
+    mesh = sharding.data_mesh()
+    parts = jax.jit(make_train_step(drawing("a"), optimizers, micro_batches=4))
+    devices = sharding.pmap_step(make_train_step(drawing("a"), optimizers, {}, sharding.AXIS), mesh)
+    placed = jax.device_put(state, sharding.replicated(mesh)), sharding.put_batch(batch_of(0), mesh)
+    for _, found in (parts(state, batch_of(0)), devices(*placed)):
+        assert found["a^2"].compute() - found["a"].compute() ** 2 > 1e-3
+
+
+def test_statistics_under_pmap_are_those_of_all_devices():
+    task, mesh, means = Regression(Network(batch_norm=True)), sharding.data_mesh(), []
+    for wrap, axis in ((sharding.jit_step, None), (sharding.pmap_step, sharding.AXIS)):
+        state, optimizers = start(task, optax.sgd(0.0))
+        step = wrap(make_train_step(task, optimizers, {}, axis), mesh)
+        state = jax.device_put(state, sharding.replicated(mesh))
+        state, _ = step(state, sharding.put_batch(batch_of(0, 32), mesh))
+        means.append(state.model_state["batch_stats"]["BatchNorm_0"]["mean"])
+    np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-6)

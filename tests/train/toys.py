@@ -72,8 +72,10 @@ class Valid(Regression):
     """The same with a loss that may meet no valid example at all."""
 
     def loss(self, params, state, batch, rng):
-        outputs = self.model.apply({"params": params["model"]}, batch["x"])
-        errors = mean(jnp.sum((outputs - batch["y"]) ** 2, -1), batch["valid"])
+        # What is not valid may be NaN, of which 0 times the gradient would be NaN, too.
+        x, y = (jnp.where(batch["valid"][:, None], batch[name], 0) for name in "xy")
+        errors = mean(jnp.sum((self.model.apply({"params": params["model"]}, x) - y) ** 2, -1),
+                      batch["valid"])  # fmt: skip
         return errors.total / jnp.maximum(errors.count, 1), (state.model_state, {"loss": errors})
 
 

@@ -51,11 +51,24 @@ def test_strength_zero_of_moves_and_colours_is_the_identity():
             np.testing.assert_array_equal(result["mask"], given["mask"])
 
 
-def test_augmix_is_a_convex_blend():
-    image = scene(16, 16)["image"]
+def test_augmix_is_a_convex_blend(monkeypatch):
+    """Each pixel lies between the least and the greatest of what is blended."""
+    apply = policies._apply
+
+    def remember(*given):
+        result = apply(*given)
+        parts.append(result["image"])
+        return result
+
+    monkeypatch.setattr(policies, "_apply", remember)
+    image, changed = scene(16, 16)["image"], 0
     for seed in range(8):
-        mixed = policies.augmix({"image": image}, np.random.default_rng(seed))["image"]
-        assert (mixed != image).any()
+        parts = [image]
+        mixed = policies.augmix({"image": image}, np.random.default_rng(seed), depth=1)["image"]
+        assert len(parts) == 4
+        assert (np.min(parts, 0) <= mixed).all() and (mixed <= np.max(parts, 0)).all()
+        changed += (mixed != image).any()
+    assert changed > 4
 
 
 def test_the_weights_of_augmix_sum_to_one(monkeypatch):
