@@ -252,15 +252,15 @@ class Checkpoints:
         return value if self.mode == "max" else -value
 
 
-def read_state(saved: Saved, like: TrainState) -> TrainState:
-    """Reads a state onto the devices of `like`, without `opt_state` if that has none.
+def read_state(saved: Saved, like: TrainState, but: str | None = None) -> TrainState:
+    """Reads a state onto the devices of `like`, `but` for what was saved below that path.
 
     Raises InputError if it is of another model.
     """
     wanted = flatten(like)
     described = {path: describe(leaf) for path, leaf in wanted.items()}
     for path in described | saved.arrays:
-        if not like.opt_state and path.startswith("opt_state/"):
+        if but is not None and path.startswith(f"{but}/"):
             continue
         there, here = saved.arrays.get(path, "absent"), described.get(path, "absent")
         if there != here:

@@ -152,7 +152,7 @@ def load_state(
     saved = newest(Path(workdir) / "checkpoints")
     if saved is None:
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
-    state = read_state(saved, like)
+    state = read_state(saved, like, but="opt_state")
     log.info("loaded step %d of %s", saved.step, workdir)
     return state
 

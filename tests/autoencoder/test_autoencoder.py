@@ -174,7 +174,7 @@ def test_figures_of_reconstructions():
     np.testing.assert_allclose(psnr(a, a), 100.0)
     for figure in (psnr, ssim):
         for wrong, message in (
-            (255 * a, "from .* expected"),
+            (255 * a, "from .* in .0, 1."),
             ((255 * a).astype(np.uint8), "uint8"),
         ):
             with pytest.raises(InputError, match=message):
