@@ -110,7 +110,7 @@ def select(
       boxes [outputs, 4], scores [outputs], labels int32 [outputs], detected bool [outputs], the
       best first, of equal ones that with the lower index; zeros where nothing was detected.
     """
-    classes = scores.shape[-1]
+    boxes, classes = jnp.asarray(boxes), scores.shape[-1]
     best, index = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
     labels = (index % classes).astype(jnp.int32)
     found = boxes[index // classes] if boxes.ndim == 2 else boxes.reshape(-1, 4)[index]

@@ -386,4 +386,4 @@ def state_dict(root: Any, path: Path) -> dict[str, np.ndarray]:
             if arrays:
                 return arrays
     found = ", ".join(map(str, list(root)[:5])) if isinstance(root, dict) else type(root).__name__
-    raise InputError(f"{path} has no dictionary of weights, but: {found}")
+    raise InputError(f"{path} has no dictionary of weights, but: {found or 'nothing'}")
