@@ -315,6 +315,9 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
     assert len(run.test) == 20 and run.train.split == "train"
     kernel = run.state.params["network"]["stem"]["kernel"]
     np.testing.assert_array_equal(kernel, arrays["params/network/stem/kernel"])
+    alone = load_run(tmp_path / "run", [("data.train.split", "gone"), ("data.test.per_class", "2")])
+    assert alone.train is None and len(alone.test) == 20  # the training data is elsewhere
+    np.testing.assert_array_equal(alone.state.params["network"]["stem"]["kernel"], kernel)
     with pytest.raises(InputError, match="did you mean guidance"):
         load_run(tmp_path / "run", [("task.guidence", "3")])
     with pytest.raises(InputError, match="there is no run to load"):

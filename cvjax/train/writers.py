@@ -67,17 +67,20 @@ class JsonLines:
     def flush(self) -> None:
         """Draws `curves.png`; not again without a new line.
 
-        All metrics of the task, and the first of each evaluator, against the step.
+        All metrics of the task against the step, and the first of each evaluator: that is what has
+        a name and a "/" before it and is unknown to training.
         """
         if len(self.rows) == self._drawn:
             return
         self._drawn = len(self.rows)
         shown, curves = {}, {}
-        for name in dict.fromkeys(name for row in self.rows for name in row):
-            kind, *path = name.split("/")
-            if kind in ("train", "eval") and path[0] != "nonfinite":
-                is_of_evaluator = kind == "eval" and len(path) > 1
-                shown.setdefault(path[0] if is_of_evaluator else name, name)
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        for name in names:
+            kind, _, metric = name.partition("/")
+            first, within, _ = metric.partition("/")
+            if kind in ("train", "eval") and first != "nonfinite":
+                is_of_evaluator = kind == "eval" and within and f"train/{metric}" not in names
+                shown.setdefault(first if is_of_evaluator else name, name)
         for name in shown.values():
             rows = [row for row in self.rows if name in row]
             curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])

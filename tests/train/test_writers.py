@@ -171,10 +171,14 @@ def test_curves_show_every_metric_of_a_task_and_the_first_of_an_evaluator(tmp_pa
     writer, drawn = JsonLines(tmp_path), {}
     monkeypatch.setattr("cvjax.draw.curves", lambda path, curves: drawn.update(curves))
     writer.write_scalars(1, {"train/elbo": -9.0, "train/nonfinite/model/loss": 1.0, "speed": 3.0})
+    writer.write_scalars(1, {"train/mask/loss": 4.0, "train/mask/dice": 5.0})  # a head of several
     writer.write_scalars(2, {"eval/kl": 1.0, "eval/coco/box_AP": 0.1, "eval/coco/box_AP50": 0.2})
+    writer.write_scalars(2, {"eval/mask/loss": 6.0, "eval/mask/dice": 7.0})
     writer.close()
     assert drawn == {"train/elbo": ([1], [-9.0]), "eval/kl": ([2], [1.0]),
-                     "eval/coco/box_AP": ([2], [0.1])}  # fmt: skip
+                     "eval/coco/box_AP": ([2], [0.1]), "train/mask/loss": ([1], [4.0]),
+                     "train/mask/dice": ([1], [5.0]), "eval/mask/loss": ([2], [6.0]),
+                     "eval/mask/dice": ([2], [7.0])}  # fmt: skip
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):
