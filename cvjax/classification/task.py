@@ -18,7 +18,7 @@ from cvjax.classification.losses import (
 )
 from cvjax.data.transforms.mixing import Mixed
 from cvjax.errors import InputError
-from cvjax.nn.features import train_pass
+from cvjax.nn.train_pass import train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 

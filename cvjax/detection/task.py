@@ -13,7 +13,7 @@ from cvjax import draw
 from cvjax.checks import check_channels, check_labels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
-from cvjax.nn.features import accepted, train_pass
+from cvjax.nn.train_pass import accepted, train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 

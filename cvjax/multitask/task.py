@@ -10,7 +10,8 @@ from clu.metrics import Average
 
 from cvjax.checks import check_channels
 from cvjax.errors import InputError, nearest
-from cvjax.nn.features import ordered_features, train_pass
+from cvjax.nn.features import ordered_features
+from cvjax.nn.train_pass import train_pass
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError, nearest
 from cvjax.nn.convolution import convolution
-from cvjax.nn.features import accepted
+from cvjax.nn.train_pass import accepted
 
 EXTRAS = ("pool", "backbone", "pyramid")
 

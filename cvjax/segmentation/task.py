@@ -12,7 +12,7 @@ from clu.metrics import Average
 from cvjax import draw
 from cvjax.checks import check_channels, check_labels
 from cvjax.errors import InputError, nearest
-from cvjax.nn.features import train_pass
+from cvjax.nn.train_pass import train_pass
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
