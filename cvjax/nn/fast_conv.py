@@ -2,13 +2,12 @@
 
 The backbones have it, by `cvjax.nn.convolution`, and the heads of segmenters and detectors. Plain
 `nn.Conv` are those of ResNet-9, Inception, the GANs, the autoencoders, patches, and the last layers
-of dense detectors; and on purpose the U-Net's, whose maps are so small that its training step
-becomes longer (`experiments/diffusion_speed`).
+of dense detectors, and the U-Net's, whose smallest maps have 7 x 7 pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 _FEW_PIXELS = 16  # of the output, up to which patches are gathered
-_MANY_PIXELS, _MANY_CHANNELS = 100, 32  # from which on the kernel's gradient is a sum of matmuls
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -31,14 +29,11 @@ def fast_conv(
 ) -> jax.Array:
     """What `lax.conv_general_dilated` gives, faster on a CPU; for `nn.Conv(conv_general_dilated=)`.
 
-    Three forms of the same sum, chosen by shape (`experiments/step_time` has the measurements):
+    Two forms of the same sum, chosen by shape (`experiments/step_time` has the measurements):
 
     - An output of at most 4 x 4 pixels, or a kernel of one pixel: the patch under each pixel of the
       output is gathered and multiplied with the kernel as one matrix. XLA's own takes 130 times as
       long where the map is smaller than the kernel (2 x 2 pixels, 512 channels).
-    - The gradient of the kernel of larger maps, with 32 channels or more: for each pixel of the
-      kernel, the map shifted to it, as a matrix, times the gradient: half of XLA's time, which
-      takes the gradient for a kernel of the map's size.
     - All else is XLA's, and so is everything on other platforms, and with groups, dilations or
       another type than float32.
 
@@ -51,9 +46,8 @@ def fast_conv(
       options: the rest of what `nn.Conv` gives; dimensions are as above if it says nothing of them.
     """
     options = {"dimension_numbers": DIMENSIONS, **options}
-    general = partial(
-        lax.conv_general_dilated, window_strides=tuple(strides), padding=padding, **options
-    )
+    strides = tuple(strides)
+    own = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
     is_plain = (
         is_undilated_nhwc(x, kernel, options)
         and x.dtype == kernel.dtype == jnp.float32
@@ -61,12 +55,22 @@ def fast_conv(
         and prod(x.shape) > 0
     )
     if not is_plain:
-        return general(x, kernel)
-    strides = tuple(strides)
+        return own(x, kernel)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
-    return _convolve(x, kernel, strides, padding, options.get("precision"))
+    if not _is_gathered(x, kernel, strides, padding):
+        return own(x, kernel)
+    gathered = partial(
+        _gathered, strides=strides, padding=padding, precision=options.get("precision")
+    )
+
+    # The patches are made again where the gradient is taken, not kept from the forward pass.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def either(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.platform_dependent(x, kernel, cpu=gathered, default=own)
+
+    return either(x, kernel)
 
 
 def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
@@ -85,91 +89,20 @@ def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) 
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _convolve(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision: Any
-) -> jax.Array:
-    own = _own(strides, padding, precision)
-    if not _is_gathered(x, kernel, strides, padding):
-        return own(x, kernel)
-    gathered = partial(_gathered, strides=strides, padding=padding, precision=precision)
-    return lax.platform_dependent(x, kernel, cpu=gathered, default=own)
-
-
-@_convolve.defjvp
-def _tangent(
-    strides: tuple[int, int], padding: Padding, precision: Any, primals: tuple, tangents: tuple
-) -> tuple[jax.Array, jax.Array]:
-    """The product rule. JAX transposes each term: the forms of the terms are those of gradients."""
-    (x, kernel), (dx, dkernel) = primals, tangents
-    own = _own(strides, padding, precision)
-    if _is_gathered(x, kernel, strides, padding):
-        form: Callable = _gathered
-    elif _is_large(x, kernel, strides, padding):
-        form = _shifted
-    else:
-        form = None
-
-    def by_kernel(x: jax.Array, dkernel: jax.Array) -> jax.Array:
-        if form is None:
-            return own(x, dkernel)
-        faster = partial(form, strides=strides, padding=padding, precision=precision)
-        return lax.platform_dependent(x, dkernel, cpu=faster, default=own)
-
-    # The copies of x are made again where the gradient is taken, not kept from the forward pass.
-    by_kernel = jax.checkpoint(by_kernel, prevent_cse=False)
-    return (
-        _convolve(x, kernel, strides, padding, precision),
-        _convolve(dx, kernel, strides, padding, precision) + by_kernel(x, dkernel),
-    )
-
-
-def _own(strides: tuple[int, int], padding: Padding, precision: Any) -> Callable:
-    return partial(
-        lax.conv_general_dilated,
-        window_strides=strides, padding=padding, dimension_numbers=DIMENSIONS, precision=precision,
-    )  # fmt: skip
-
-
 def _gathered(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision: Any
 ) -> jax.Array:
-    patches = jnp.concatenate(_shifts(x, kernel, strides, padding), axis=-1)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(patches, matrix, precision=precision)
-
-
-def _shifted(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision: Any
-) -> jax.Array:
-    """The batch is cut in parts, each with a copy of the kernel, so that all cores have work."""
-    parts = gcd(len(x), 8)
-    pixels = kernel.reshape(-1, *kernel.shape[2:])
-    shifts = _shifts(x, kernel, strides, padding)
-    total = sum(
-        jnp.einsum(
-            "pnc,pck->pnk",
-            shift.reshape(parts, -1, shift.shape[-1]),
-            jnp.broadcast_to(pixel, (parts, *pixel.shape)),
-            precision=precision,
-        )
-        for shift, pixel in zip(shifts, pixels, strict=True)
-    )
-    return total.reshape(*shifts[0].shape[:-1], -1)
-
-
-def _shifts(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
-) -> list[jax.Array]:
-    """What each pixel of the kernel sees, a list of [b, rows, columns, c], row by row."""
     rows, columns = _output(x, kernel, strides, padding)
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
-    return [
+    shifts = [
         x[:, i : i + (rows - 1) * strides[0] + 1 : strides[0],
           j : j + (columns - 1) * strides[1] + 1 : strides[1]]
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]  # fmt: skip
+    patches = jnp.concatenate(shifts, axis=-1)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.matmul(patches, matrix, precision=precision)
 
 
 def _output(
@@ -190,12 +123,3 @@ def _is_gathered(
     rows, columns = _output(x, kernel, strides, padding)
     is_small = rows * columns <= _FEW_PIXELS or prod(kernel.shape[:2]) == 1
     return rows > 0 and columns > 0 and is_small
-
-
-def _is_large(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> bool:
-    rows, columns = _output(x, kernel, strides, padding)
-    return (
-        min(rows, columns) > 0
-        and rows * columns >= _MANY_PIXELS
-        and min(kernel.shape[2:]) >= _MANY_CHANNELS
-    )
