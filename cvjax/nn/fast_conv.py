@@ -61,9 +61,8 @@ def fast_conv(
     padding = tuple((int(low), int(high)) for low, high in padding)
     if not _is_gathered(x, kernel, strides, padding):
         return own(x, kernel)
-    gathered = partial(
-        _gathered, strides=strides, padding=padding, precision=options.get("precision")
-    )
+    of_product = {name: options.get(name) for name in ("precision", "preferred_element_type")}
+    gathered = partial(_gathered, strides=strides, padding=padding, **of_product)
 
     # The patches are made again where the gradient is taken, not kept from the forward pass.
     @partial(jax.checkpoint, prevent_cse=False)
@@ -90,7 +89,11 @@ def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) 
 
 
 def _gathered(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    **of_product: Any,
 ) -> jax.Array:
     rows, columns = _output(x, kernel, strides, padding)
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
@@ -102,7 +105,7 @@ def _gathered(
     ]  # fmt: skip
     patches = jnp.concatenate(shifts, axis=-1)
     matrix = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(patches, matrix, precision=precision)
+    return jnp.matmul(patches, matrix, **of_product)
 
 
 def _output(

@@ -87,7 +87,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         x = rng.standard_normal((batch, side, side, channels), np.float32)
         kernel = rng.standard_normal((3, 3, channels, channels), np.float32) / 100
-        given = dict(strides=(1, 1), padding=PADDING, precision=None)
+        given = dict(strides=(1, 1), padding=PADDING)
         own = partial(
             jax.lax.conv_general_dilated,
             window_strides=(1, 1), padding=PADDING, dimension_numbers=fast_conv.DIMENSIONS,

@@ -132,6 +132,11 @@ def test_other_types_and_empty_batches_are_xlas():
     convolve = jax.jit(lambda x: fast_conv(x, kernel, (1, 1), "SAME", **LAYOUT))
     assert convolve(x).dtype == jnp.bfloat16
     assert convolve(x[:0]).shape == (0, 2, 2, 4)
+    x, kernel = np.ones((2, 2, 2, 3), np.float32), np.ones((3, 3, 3, 4), np.float32)
+    asked = dict(LAYOUT, preferred_element_type=np.float64)
+    convolve = partial(fast_conv, strides=(1, 1), padding="SAME", **asked)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(convolve, x, kernel).dtype == np.float64
 
 
 def test_patches_are_gathered_where_it_says():
