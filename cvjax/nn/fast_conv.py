@@ -32,7 +32,7 @@ def fast_conv(
     Two forms of the same sum, chosen by shape (`experiments/step_time` has the measurements):
 
     - An output of at most 4 x 4 pixels, or a kernel of one pixel: the patch under each pixel of the
-      output is gathered and multiplied with the kernel as one matrix. XLA's own takes 130 times as
+      output is gathered and multiplied with the kernel as one matrix. XLA's own takes 75 times as
       long where the map is smaller than the kernel (2 x 2 pixels, 512 channels).
     - All else is XLA's, and so is everything on other platforms, and with groups, dilations or
       another type than float32.
