@@ -295,11 +295,13 @@ def test_jpegs_of_other_kinds_are_those_of_pillow_too(tmp_path):
             Folder(tmp_path, max_pixels=959)[number]
 
 
-def test_an_annotated_jpeg_is_turned_by_xmp_too(tmp_path):
+def test_a_jpeg_is_turned_by_xmp_too(tmp_path):
     """As Pillow does and OpenCV does not: its boxes are of what Pillow shows."""
     xmp = b'<x><rdf:Description tiff:Orientation="6"/></x>'
-    save(tmp_path / "a.jpg", picture(4, 6), xmp=xmp)
-    assert read_image(tmp_path / "a.jpg", 3, 2**20).shape == (6, 4, 3)
+    save(tmp_path / "a" / "0.jpg", picture(4, 6), xmp=xmp)
+    turned = read_image(tmp_path / "a" / "0.jpg", 3, 2**20)
+    assert turned.shape == (6, 4, 3)
+    np.testing.assert_array_equal(Folder(tmp_path)[0]["image"], turned)
 
 
 def test_of_16_bits_the_higher_8_are_kept(tmp_path):
