@@ -149,14 +149,19 @@ def _gradient_by_parts(
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
+    examples = jnp.maximum(jnp.sum(batch["valid"]), 1)
+
     def one(model_state: PyTree, number: jax.Array, part: Batch) -> tuple[PyTree, PyTree, PyTree]:
         (value, (model_state, metrics)), gradient = _gradient(
             loss, group, state.replace(model_state=model_state), part,
             jax.random.fold_in(rng, number),
         )  # fmt: skip
-        weight = jnp.sum(part["valid"]).astype(jnp.float32)
-        sums = jax.tree.map(lambda x: (weight * x).astype(x.dtype), (value, gradient))
-        return model_state, metrics, (weight, sums)
+        share = jnp.sum(part["valid"]) / examples
+        # A mean over no valid example is NaN, and 0 times that would be NaN, too.
+        shares = jax.tree.map(
+            lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype), (value, gradient)
+        )
+        return model_state, metrics, shares
 
     def add(carry: PyTree, numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
         model_state, *before = carry
@@ -166,10 +171,9 @@ def _gradient_by_parts(
     pieces = jnp.arange(parts), jax.tree.map(cut, batch)
     shapes = jax.eval_shape(one, state.model_state, *jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:])
-    (model_state, metrics, (weight, sums)), _ = jax.lax.scan(
+    (model_state, metrics, (value, gradient)), _ = jax.lax.scan(
         add, (state.model_state, *zeros), pieces
     )
-    value, gradient = jax.tree.map(lambda x: (x / jnp.maximum(weight, 1)).astype(x.dtype), sums)
     return (value, (model_state, metrics)), gradient
 
 

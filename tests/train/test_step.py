@@ -123,6 +123,38 @@ def test_parts_in_one_step_are_the_whole_batch(count):
     np.testing.assert_allclose(rows[0].total, rows[1].total, rtol=1e-5)
 
 
+def test_a_part_whose_loss_is_a_mean_over_nothing_does_not_count():
+    """Half of the parts have no valid example: 0 / 0 there, as `Average.compute` gives it."""
+    task, batch = Valid(), {**batch_of(0, 8), "valid": np.arange(8) % 2 == 0}
+
+    def loss(params, state, batch, rng):
+        _, (model_state, metrics) = task.loss(params, state, batch, rng)
+        return metrics["loss"].compute(), (model_state, metrics)
+
+    plain = SimpleNamespace(objectives=[Objective("model", loss)], init=task.init)
+    states = []
+    for parts in (1, 4):
+        state, optimizers = start(task, optax.sgd(0.1))
+        step = jax.jit(make_train_step(plain, optimizers, micro_batches=parts))
+        states.append(step(state, batch)[0].params)
+    assert_close(*states, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_in_half_precision_are_averaged_and_not_summed_first():
+    """A gradient of 1000 in each of 64 examples of a part: their sum is no float16."""
+
+    def loss(params, state, batch, rng):
+        values = mean(params["model"] * batch["x"], batch["valid"])
+        return values.compute(), (state.model_state, {})
+
+    init = lambda rng, batch: ({"model": jnp.float16(1)}, {})  # noqa: E731
+    task = SimpleNamespace(objectives=[Objective("model", loss)], init=init)
+    batch = {"x": np.full(128, 1000, np.float16), "valid": np.ones(128, bool)}
+    state, optimizers = start(task, optax.sgd(1.0))
+    state, _ = jax.jit(make_train_step(task, optimizers, micro_batches=2))(state, batch)
+    assert state.params["model"] == 1 - 1000
+
+
 def test_parts_on_eight_devices_and_through_pmap():
     task, batches = Valid(), [batch_of(i, 64) for i in range(3)]
     whole, _ = train(task, optax.adam(1e-2), batches)
