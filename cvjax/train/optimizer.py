@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import optax
 import optax.contrib
 from optax import GradientTransformation, Schedule
 
-from cvjax.checks import check_at_least, check_choices
+from cvjax.checks import check_between, check_choice, check_choices, check_count
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import PyTree
 
@@ -53,21 +54,27 @@ class Optimizer:
     accumulate_how: str = "multi_steps"
 
     def __post_init__(self):
-        check_at_least(self, accumulate=1, warmup_steps=0)
+        check_count(1, **{"optimizer.accumulate": self.accumulate})
+        check_count(0, **{"optimizer.warmup_steps": self.warmup_steps})
         check_choices(self, accumulate_how=("multi_steps", "scan"))
         check_rules(self.weight_decay, "optimizer.weight_decay")
         check_rules(self.freeze, "optimizer.freeze")
+        for pattern, value in self.weight_decay or ():
+            check_between(0, math.inf, **{f"optimizer.weight_decay of {pattern!r}": value})
+        for pattern, value in self.freeze or ():  # "no" would be true
+            check_choice((False, True), **{f"optimizer.freeze of {pattern!r}": value})
         is_number = isinstance(self.clip_norm, int | float)
         if self.clip_norm is not None and not (is_number and self.clip_norm > 0):
             raise InputError(
                 f"optimizer.clip_norm is {self.clip_norm!r}; it must be a number above 0"
             )
-        rates = {"learning_rate": self.learning_rate}
+        if not callable(self.learning_rate):
+            check_between(0, math.inf, **{"optimizer.learning_rate": self.learning_rate})
         for name, value in getattr(self.learning_rate, "keywords", {}).items():
-            rates[f"learning_rate.{name}"] = value
-        for name, value in rates.items():
             if isinstance(value, int | float) and not value >= 0:
-                raise InputError(f"optimizer.{name} is {value}; it cannot be negative")
+                raise InputError(
+                    f"optimizer.learning_rate.{name} is {value}; it cannot be negative"
+                )
 
     def schedule(self, steps: int) -> Schedule:
         """The learning rate by number of updates done, for a run of `steps` updates."""

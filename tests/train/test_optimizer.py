@@ -131,6 +131,11 @@ def test_schedules_count_updates_not_micro_batches():
         (dict(warmup_steps=-1), "warmup_steps is -1"),
         (dict(learning_rate=-0.1), "learning_rate is -0.1"),
         (dict(learning_rate=float("nan")), "learning_rate is nan"),
+        (dict(learning_rate=None), "learning_rate is None; it must be a number"),
+        (dict(accumulate=1.5), "accumulate is 1.5; it must be a whole number"),
+        (dict(weight_decay=((".*", "x"),)), "weight_decay of '.*' is 'x'; it must be a number"),
+        (dict(weight_decay=((".*", -0.1),)), "weight_decay of '.*' is -0.1"),
+        (dict(freeze=((".*", "no"),)), "freeze of '.*' is 'no'; it can be False or True"),
     ],
 )
 def test_impossible_values(fields, message):
