@@ -141,7 +141,7 @@ def test_a_part_whose_loss_is_a_mean_over_nothing_does_not_count():
 
 
 def test_parts_in_half_precision_are_averaged_and_not_summed_first():
-    """A gradient of 1000 in each of 64 examples of a part: their sum is no float16."""
+    """A gradient of 1024 in each of 64 examples of a part: their sum is no float16."""
 
     def loss(params, state, batch, rng):
         values = mean(params["model"] * batch["x"], batch["valid"])
@@ -149,10 +149,10 @@ def test_parts_in_half_precision_are_averaged_and_not_summed_first():
 
     init = lambda rng, batch: ({"model": jnp.float16(1)}, {})  # noqa: E731
     task = SimpleNamespace(objectives=[Objective("model", loss)], init=init)
-    batch = {"x": np.full(128, 1000, np.float16), "valid": np.ones(128, bool)}
+    batch = {"x": np.full(128, 1024, np.float16), "valid": np.ones(128, bool)}
     state, optimizers = start(task, optax.sgd(1.0))
     state, _ = jax.jit(make_train_step(task, optimizers, micro_batches=2))(state, batch)
-    assert state.params["model"] == 1 - 1000
+    assert state.params["model"] == 1 - 1024
 
 
 def test_parts_on_eight_devices_and_through_pmap():
