@@ -134,16 +134,22 @@ def check_fractions(owner: object, *fields: str) -> None:
 def check_at_least(owner: object, **least: float) -> None:
     """Raises InputError for a field of `owner` that is below its `least`, or not a number.
 
-    None is passed over. Of a tuple, which cannot be empty, each number counts.
+    A field of type int must be a whole one. None is passed over. Of a tuple, which cannot be empty,
+    each number counts.
     """
+    known = getattr(owner, "__dataclass_fields__", {})
     for field, bound in least.items():
         name, value = _named(owner, field), getattr(owner, field)
         if isinstance(value, tuple | list):
             if not value:
                 raise InputError(f"{name} is {value}; it must have at least one number")
-            check_between(bound, math.inf, **{f"{name}[{i}]": x for i, x in enumerate(value)})
-        elif value is not None:
-            check_between(bound, math.inf, **{name: value})
+            settings = {f"{name}[{i}]": x for i, x in enumerate(value)}
+        else:
+            settings = {} if value is None else {name: value}
+        check_between(bound, math.inf, **settings)
+        annotation = str(known[field].type) if field in known else ""
+        if "int" in annotation and "float" not in annotation:
+            check_count(bound, **settings)
 
 
 def _named(owner: object, field: str) -> str:

@@ -1,5 +1,6 @@
 """What a person gives is checked once, and the line says what it must be."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,14 @@ from cvjax.checks import check_at_least, check_unit, check_unit_images
 from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import unit
+
+
+@dataclass
+class Counted:
+    copies: int | None = None
+    sizes: tuple[int, ...] = (1,)
+    ratio: float = 1.0
+
 
 TAKERS = {
     "a function of images": check_unit,
@@ -49,3 +58,11 @@ def test_a_field_is_a_number_and_large_enough(value, message):
         check_at_least(SimpleNamespace(copies=fine), copies=1)
     with pytest.raises(InputError, match=f"SimpleNamespace: {message}"):
         check_at_least(SimpleNamespace(copies=value), copies=1)
+
+
+def test_a_field_of_integers_has_whole_numbers():
+    for fine in (1.5, 2):
+        check_at_least(Counted(ratio=fine), ratio=1)
+    for wrong in ({"copies": 2.0}, {"sizes": (2, 1.5)}):
+        with pytest.raises(InputError, match=".* is .*; it must be a whole number, at least 1"):
+            check_at_least(Counted(**wrong), **dict.fromkeys(wrong, 1))
