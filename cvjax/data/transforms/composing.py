@@ -108,8 +108,9 @@ def copy_paste(
     for k in np.flatnonzero((after < before) & (after > 0)):
         y, x = np.nonzero(below["masks"][k])
         rest = [x.min(), y.min(), x.max() + 1, y.max() + 1]
-        boxes[k, :2] = np.maximum(boxes[k, :2], rest[:2])
-        boxes[k, 2:] = np.minimum(boxes[k, 2:], rest[2:])
+        least, most = np.maximum(boxes[k, :2], rest[:2]), np.minimum(boxes[k, 2:], rest[2:])
+        # Masks may reach a little beyond their boxes, and the rest may lie only there.
+        boxes[k] = [*least, *most] if (least < most).all() else rest
     below["boxes"] = boxes
     if "area" in below:
         left = np.divide(after, before, out=np.ones(len(after)), where=before > 0)

@@ -116,6 +116,14 @@ def test_what_is_copied_hides_what_is_below():
     assert below["boxes"][0, 2] == 30 and below["masks"][0].sum() == 400, "nothing is written into"
 
 
+def test_the_box_of_a_rest_beyond_the_old_box_is_around_it():
+    """A mask that was scaled by its nearest pixels may reach a little out of its box."""
+    below, above = painted(60, (0, 0, 6, 5)), painted(200, (0, 0, 5, 5))
+    below["boxes"][0, 2] = 4.9
+    made = composing.copy_paste(below, above, np.random.default_rng(0), share=1.0)
+    np.testing.assert_array_equal(made["boxes"][0], [5, 0, 6, 5])
+
+
 def test_each_object_is_copied_by_its_chance_and_no_crowd_at_all():
     below = painted(60, (0, 0, 5, 5))
     flags = {"crowd": np.array([True, False, False]), "ignore": np.array([False, True, False])}
