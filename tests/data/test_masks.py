@@ -358,6 +358,8 @@ def make_masks(root, mode=None):
         save(root / "images" / f"{stem}{suffix}", picture(6, 8, seed))
         save(root / "masks" / f"{stem}.png", classes(6, 8, seed), mode)
     (root / "images" / ".hidden.png").write_text("x")
+    (root / "images" / ".tool").mkdir()
+    (root / "images" / ".tool" / "copy.png").write_text("x")
     (root / "masks" / "notes.txt").write_text("x")
     return root
 

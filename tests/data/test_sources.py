@@ -186,8 +186,9 @@ def test_folders_are_classes_and_files_are_sorted(tmp_path):
     (tmp_path / "cat" / "readme.txt").write_text("no image")
     (tmp_path / "cat" / "._c.png").write_text("no image either")
     (tmp_path / ".hidden").mkdir()
+    save(tmp_path / "dog" / ".ipynb_checkpoints" / "b-checkpoint.png", picture(4, 5, 1))
     source = Folder(tmp_path)
-    assert source.class_names == ("cat", "dog")
+    assert source.class_names == ("cat", "dog") and len(source) == 4
     assert [int(source[i]["label"]) for i in range(4)] == [0, 0, 1, 1]
     for i, seed in enumerate((3, 4, 2, 1)):
         np.testing.assert_array_equal(source[i]["image"], picture(4, 5, seed))

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import SUFFIXES, read_picture, upright
+from cvjax.data.sources.pictures import SUFFIXES, files_below, read_picture, upright
 from cvjax.errors import InputError
 
 
@@ -18,7 +18,7 @@ class Folder:
     """Image files, decoded when they are asked for; the sub-folders of `path` are the classes.
 
     The sorted names of the sub-folders are the classes, and inside each, at any depth, the files
-    are taken in sorted order; hidden files and folders of classes are passed over. A photograph is
+    are taken in sorted order; hidden files and folders are passed over. A photograph is
     turned upright as its EXIF orientation says; of grey levels of 16 bits the higher 8 are kept.
     Records: image uint8 [height, width, channels]; label int32.
 
@@ -50,7 +50,7 @@ class Folder:
             raise InputError(f"{root} has no sub-folders: there must be one for each class")
         files, labels = [], []
         for label, folder in enumerate(classes):
-            found = sorted(str(file) for file in folder.rglob("*") if _is_image(file))
+            found = sorted(map(str, files_below(folder, SUFFIXES)))
             if not found:
                 raise InputError(f"{folder} has no images ({' '.join(SUFFIXES)})")
             files += found
@@ -77,7 +77,3 @@ class Folder:
     def example_id(self, index: int) -> str:
         """Returns the path of the file."""
         return self._files[index]
-
-
-def _is_image(file: pathlib.Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.pictures import SUFFIXES, read_picture, upright
+from cvjax.data.sources.pictures import SUFFIXES, files_below, read_picture, upright
 from cvjax.errors import InputError
 
 IGNORE = 255  # in a mask: a pixel without truth
@@ -85,8 +85,8 @@ class PairReader:
 class Masks:
     """Files in `path`/images and `path`/masks whose names are equal but for the suffix.
 
-    Sub-folders may be in both, and belong to the name; hidden files are passed over. Records are
-    those of `PairReader`, in the order of their names.
+    Sub-folders may be in both, and belong to the name; hidden files and folders are passed over.
+    Records are those of `PairReader`, in the order of their names.
 
     Attributes:
         path: the folder with the two folders.
@@ -140,9 +140,7 @@ def _by_stem(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, pathl
     if not folder.is_dir():
         raise InputError(f"the folder {folder} does not exist: there must be images/ and masks/")
     found: dict[str, pathlib.Path] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in suffixes or file.name.startswith("."):
-            continue
+    for file in sorted(files_below(folder, suffixes)):
         stem = file.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
             raise InputError(f"{found[stem]} and {file} have one name: which is meant?")

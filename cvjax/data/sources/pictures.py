@@ -3,7 +3,7 @@
 import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -12,6 +12,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cvjax.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def files_below(folder: pathlib.Path, suffixes: Sequence[str]) -> list[pathlib.Path]:
+    """The files with one of these suffixes in a folder, at any depth, but for what is hidden.
+
+    A tool's hidden folder, as .ipynb_checkpoints, can have copies of the pictures beside it.
+    """
+    return [
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
 
 
 def read_picture(
