@@ -104,6 +104,17 @@ def test_voc_masks_are_the_palette_indices(tmp_path):
     np.testing.assert_array_equal(again[1]["mask"], source[1]["mask"])
 
 
+def test_lists_of_voc_with_a_second_column_a_mark_of_utf_8_and_spaces_in_names(tmp_path):
+    root = make_voc(tmp_path)
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        file = root / folder / f"2007_000032.{suffix}"
+        file.rename(file.with_stem("a street"))
+    text = "\ufeffa street  -1\n2007_000039 1\n"
+    (root / "ImageSets" / "Segmentation" / "dog_val.txt").write_text(text, "utf-8")
+    source = VocSegmentation(root, "dog_val")
+    assert [example_id(source, i) for i in range(2)] == ["a street", "2007_000039"]
+
+
 @pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012", "TrainVal/VOCdevkit/VOC11"])
 def test_voc_is_found_below_the_path(tmp_path, below):
     make_voc(tmp_path / below)

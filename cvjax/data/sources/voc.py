@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 from cvjax.checks import Size
 from cvjax.data.archive import unpack_once
@@ -183,9 +184,9 @@ def _find(path: str | pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path
     if split not in splits:
         raise InputError(f"split={split!r} does not exist in {lists}{nearest(split, splits)}")
     # What is no text is the name of no file, and that is said where the file is wanted.
-    lines = (lists / f"{split}.txt").read_text("utf-8", errors="replace").splitlines()
-    # The lists of one class have a second column.
-    names = [line.split()[0] for line in lines if line.strip()]
+    lines = (lists / f"{split}.txt").read_text("utf-8-sig", errors="replace").splitlines()
+    # The lists of one class have a second column; a name may have spaces.
+    names = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()]
     if not names:
         raise InputError(f"{lists / split}.txt names no images")
     return root, names
