@@ -166,9 +166,9 @@ def paint_boxes(
       shown: bool [b, n]; of the others nothing is seen.
 
     Returns:
-      [b, h, w, 3].
+      float32 [b, h, w, 3].
     """
-    images = jnp.asarray(images)
+    images = jnp.asarray(images, jnp.float32)
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
     rows = jnp.arange(images.shape[1])[None, :, None]
     columns = jnp.arange(images.shape[2])[None, None, :]
@@ -200,9 +200,9 @@ def paint_masks(
       opacity: of the colours.
 
     Returns:
-      [b, h, w, 3].
+      float32 [b, h, w, 3].
     """
-    images = jnp.asarray(images)
+    images = jnp.asarray(images, jnp.float32)
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))
     colors = jnp.asarray(PALETTE)[jnp.asarray(labels) % len(PALETTE)]
 

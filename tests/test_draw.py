@@ -1,6 +1,7 @@
 """Pictures: where each pixel goes, what is refused, and that no half a file is ever seen."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -182,6 +183,11 @@ def test_boxes_painted_inside_jit_are_those_drawn_outside():
         rows = np.flatnonzero(shown[i])[::-1]  # The first lie on top: they are drawn last.
         expected = draw.boxes(images[i], boxes[i, rows], labels[i, rows])
         np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+    for half in (jnp.float16(images), jnp.bfloat16(images)):  # As a model in half precision has.
+        found = jax.jit(draw.paint_boxes)(half, boxes, labels, shown)
+        np.testing.assert_array_equal(
+            found, draw.paint_boxes(jnp.float32(half), boxes, labels, shown)
+        )
 
 
 def test_a_table_has_a_line_for_each_row():
@@ -209,5 +215,7 @@ def test_painted_masks_are_those_of_masks_with_the_first_on_top():
         rows = np.flatnonzero(shown[i])[::-1]
         expected = draw.masks(images[i], masks[i, rows], labels[i, rows])
         np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+    half = draw.paint_masks(jnp.bfloat16(images), masks, labels, shown)
+    np.testing.assert_allclose(half, jax.jit(draw.paint_masks)(images, masks, labels, shown), 0.01)
     none = draw.paint_masks(images, masks[:, :0], labels[:, :0], shown[:, :0])
     np.testing.assert_array_equal(none, np.broadcast_to(images, (2, 9, 11, 3)))
