@@ -313,9 +313,8 @@ def warp(
     Raises:
         InputError: the matrix has no inverse, or folds the image.
     """
-    check_choice(_OPENCV, interpolation=interpolation)
+    check_sampling(example, fill, interpolation)
     old_height, old_width, channels = image_of(example).shape
-    check_fill(channels, fill)
     height, width = (old_height, old_width) if size is None else height_and_width(size)
     matrix = np.asarray(matrix, np.float64)
     corners = np.array(
@@ -359,6 +358,12 @@ def warp(
         return result.view(bool) if array.dtype == bool else result.astype(array.dtype, copy=False)
 
     return _moved(example, matrix, image, area)
+
+
+def check_sampling(example: Example, fill: Fill, interpolation: str) -> None:
+    """Raises InputError for settings that `warp` cannot use: for those who warp now and then."""
+    check_choice(_OPENCV, interpolation=interpolation)
+    check_fill(image_of(example).shape[-1], fill)
 
 
 def mirror_index(index: np.ndarray | jax.Array, length: int) -> np.ndarray | jax.Array:

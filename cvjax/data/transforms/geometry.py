@@ -335,6 +335,7 @@ def random_perspective(
     """
     check_between(0, 1, p=p)
     check_between(0, 0.66, distortion=distortion)
+    fields.check_sampling(example, fill, interpolation)
     if rng.random() >= p:
         return fields.visible(example)
     height, width = fields.image_of(example).shape[:2]
@@ -348,6 +349,7 @@ def random_perspective(
 
 def drop_small_boxes(example: Example, rng: np.random.Generator, *, pixels: float = 1.0) -> Example:
     """Drops each object whose box is narrower or lower than that."""
+    check_between(0, math.inf, pixels=pixels)
     if "boxes" not in example:
         raise InputError("drop_small_boxes needs a field boxes, and there is none")
     x1, y1, x2, y2 = example["boxes"].T

@@ -56,6 +56,7 @@ def rand_augment(
     check_count(0, operations=operations, magnitude=magnitude)
     check_count(2, bins=bins)
     check_between(0, bins - 1, magnitude=magnitude)
+    fields.check_sampling(example, fill, interpolation)
     height, width = fields.image_of(example).shape[:2]
     reach = 150 / 331  # of 331 pixels, the size of the paper's images
     space = _space(bins, 0.3, (reach * width, reach * height), 30, 0.9, bits=(8, 4))
@@ -86,7 +87,7 @@ def trivial_augment(
         interpolation: of the operations that move the image.
     """
     check_count(2, bins=bins)
-    fields.image_of(example)
+    fields.check_sampling(example, fill, interpolation)
     space = _space(bins, 0.99, (32, 32), 135, 0.99, bits=(8, 2))
     name = str(rng.choice([*space, "identity"]))
     if name == "identity":
@@ -126,6 +127,7 @@ def augmix(
     check_count(1, severity=severity, width=width, depth=1 if depth is None else depth)
     check_between(1, 10, severity=severity)
     check_between(1e-3, 1e3, alpha=alpha)
+    fields.check_sampling(example, fill, interpolation)
     if tied := {"boxes", "masks", "keypoints", "mask"} & example.keys():
         raise InputError(f"augmix cannot move {', '.join(sorted(tied))} with several pictures")
     image = fields.image_of(example)

@@ -542,6 +542,11 @@ def test_resizing_is_antialiased_or_not():
         (partial(geometry.random_resized_crop, size=8, scale=(0.5, 1.5)), r"scale\[1\] is 1.5"),
         (partial(policies.rand_augment, magnitude=31), r"magnitude is 31; it must be in \[0, 30\]"),
         (partial(policies.rand_augment, operations=-1), "operations is -1"),
+        (partial(policies.rand_augment, operations=0, interpolation="x"), "interpolation is 'x'"),
+        (partial(policies.trivial_augment, fill=(1, 2)), "or 3 such values"),
+        (partial(policies.augmix, fill=300), "fill is 300"),
+        (partial(geometry.random_perspective, p=0, fill=300), "fill is 300"),
+        (partial(geometry.drop_small_boxes, pixels=np.nan), "pixels is nan"),
         (partial(policies.augmix), "augmix cannot move boxes"),
     ],
 )
