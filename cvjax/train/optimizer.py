@@ -33,7 +33,8 @@ class Optimizer:
         `optax.adamw` or `functools.partial(optax.sgd, momentum=0.9)`.
       learning_rate: a number, an optax schedule, or the `functools.partial` of what makes one
         (so it comes from a config); `decay_steps` or `transition_steps` that are not given
-        become the length of the run, less the warm-up.
+        become the length of the run, less the warm-up; within `optax.join_schedules` that of the
+        part from one boundary to the next.
       warmup_steps: updates over which the rate first rises linearly from 0.
       clip_norm: gradients whose global norm is larger are scaled down to it.
       weight_decay: rules with the decay of each parameter, decoupled from the gradient: each
@@ -225,8 +226,12 @@ def _complete(rate: Callable, steps: int) -> Schedule:
     given = dict(rate.keywords)
     lengths = {"decay_steps", "transition_steps"} & set(inspect.signature(rate.func).parameters)
     missing = {name: steps for name in lengths - set(given)}
-    if "schedules" in given:
-        given["schedules"] = [_complete(one, steps) for one in given["schedules"]]
+    if "schedules" in given:  # each for the steps up to where the next one begins
+        ends = [*given.get("boundaries", ()), *len(given["schedules"]) * [steps]]
+        given["schedules"] = [
+            _complete(one, max(end - begin, 1))
+            for one, begin, end in zip(given["schedules"], [0, *ends], ends, strict=False)
+        ]
     if "boundaries_and_scales" in given:  # a config has strings for keys
         pairs = dict(given["boundaries_and_scales"]).items()
         given["boundaries_and_scales"] = {int(step): scale for step, scale in pairs}

@@ -88,6 +88,13 @@ def test_schedules_are_completed_with_the_length_of_the_run():
     np.testing.assert_allclose([schedule(n) for n in (0, 10, 20)], [0.0, 1.0, 2.0], atol=1e-6)
     np.testing.assert_allclose([schedule(n) for n in (70, 120)], [1.0, 0.0], atol=1e-6)
     assert Optimizer(learning_rate=0.3).schedule(5)(99) == pytest.approx(0.3)
+    rise = functools.partial(optax.linear_schedule, init_value=0.0, end_value=2.0)
+    joined = functools.partial(
+        optax.join_schedules, schedules=[rise, cosine, cosine], boundaries=[10, 30]
+    )
+    schedule = Optimizer(learning_rate=joined).schedule(40)
+    found = [schedule(n) for n in (5, 10, 20, 29.999, 30, 35, 40)]
+    np.testing.assert_allclose(found, [1, 2, 1, 0, 2, 1, 0], atol=1e-4)
     own = optax.exponential_decay(1.0, 10, 0.5)
     assert Optimizer(learning_rate=own).schedule(5) is own
 
