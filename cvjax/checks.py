@@ -134,16 +134,22 @@ def check_fractions(owner: object, *fields: str) -> None:
 def check_at_least(owner: object, **least: float) -> None:
     """Raises InputError for a field of `owner` that is below its `least`, or not a number.
 
-    None is passed over. Of a tuple, which cannot be empty, each number counts.
+    None is passed over. Of a tuple, which cannot be empty, each number counts. Those of a dataclass
+    field of type `int` or `tuple[int, ...]` must be whole.
     """
     for field, bound in least.items():
         name, value = _named(owner, field), getattr(owner, field)
+        numbers = {} if value is None else {name: value}
         if isinstance(value, tuple | list):
             if not value:
                 raise InputError(f"{name} is {value}; it must have at least one number")
-            check_between(bound, math.inf, **{f"{name}[{i}]": x for i, x in enumerate(value)})
-        elif value is not None:
-            check_between(bound, math.inf, **{name: value})
+            numbers = {f"{name}[{i}]": x for i, x in enumerate(value)}
+        check_between(bound, math.inf, **numbers)
+        declared = getattr(type(owner), "__dataclass_fields__", {}).get(field)
+        kind = "" if declared is None else str(declared.type)
+        for one, number in numbers.items():
+            if "int" in kind and "float" not in kind and not isinstance(number, _WHOLE):
+                raise InputError(f"{one} is {number}; it must be a whole number")
 
 
 def _named(owner: object, field: str) -> str:

@@ -234,6 +234,8 @@ def test_what_cannot_be_is_said():
         FiniteScalarQuantizer((8,) * 10 + (4,))
     with pytest.raises(InputError, match="are 2 channels, but the encoder gives 3"):
         FiniteScalarQuantizer((3, 3)).apply({}, jnp.zeros((1, 3)), ALL[:1])
+    with pytest.raises(InputError, match="predicts latent; prediction='indices' is not among"):
+        CodeUsage(9).add({"latent": np.zeros((1, 2))}, {"valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="codes from 0 to 9"):
         CodeUsage(9).add({"indices": np.array([[0, 9]])}, {"valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="size is 0"):

@@ -232,6 +232,8 @@ def test_what_cannot_be_is_said(extractor):
         quality.result()
     with pytest.raises(InputError, match="there are 5 held-out images; with neighbours=5"):
         SampleQuality(extractor, source(20), source(5))
+    with pytest.raises(InputError, match="neighbours is 0; it must be a whole number, at least 1"):
+        SampleQuality(extractor, source(20), source(20), neighbours=0)
     with pytest.raises(InputError, match="the source is empty"):
         SampleQuality(extractor, source(20), [])
     small = [{"image": source(20)[i]["image"][1:]} for i in range(20)]
