@@ -268,6 +268,12 @@ def test_images_of_a_folder(tmp_path):
     images, labels = frechet.images_in(tmp_path / "classes", 3)
     np.testing.assert_array_equal(images[..., 2], pictures[[0, 2, 1, 3]])
     assert labels.tolist() == [0, 0, 1, 1]
+    # Grey levels of 16 bits are those of `Folder`, and hidden files are no images.
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(pictures[0].astype(np.uint16) * 257).save(tmp_path / "deep" / "0.png")
+    (tmp_path / "deep" / "._0.png").write_bytes(b"no picture")
+    images, _ = frechet.images_in(tmp_path / "deep", 1)
+    np.testing.assert_array_equal(images[0, ..., 0], pictures[0])
     Image.fromarray(pictures[0, :3]).save(tmp_path / "flat" / "9.png")
     with pytest.raises(InputError, match="must all have one size"):
         frechet.images_in(tmp_path / "flat", 1)
