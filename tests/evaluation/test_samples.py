@@ -187,20 +187,24 @@ def test_nearest_distances():
 def test_a_config_makes_the_extractor_with_weights_from_a_file(extractor, tmp_path):
     arrays = {"/".join(path): np.asarray(x) for path, x in flatten(extractor.variables).items()}
     np.savez(tmp_path / "weights.npz", **arrays)
-    built = build(
-        {
-            "type": "evaluation.extractor.Extractor",
-            "name": "toy",
-            "model": {"type": "tests.evaluation.test_samples.Tiny"},
-            "initialize": {
-                "type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")
-            },
-            "image_shape": (SIDE, SIDE, 1),
-        }
-    )  # fmt: skip
+    config = {
+        "type": "evaluation.extractor.Extractor",
+        "name": "toy",
+        "model": {"type": "tests.evaluation.test_samples.Tiny"},
+        "initialize": {
+            "type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")
+        },
+        "image_shape": (SIDE, SIDE, 1),
+    }  # fmt: skip
+    built = build(config)
     images = all_of(source(10))
     for one, other in zip(built(images), extractor(images), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+    # A head of other classes, as torchvision's Inception has for the FID, would be a random one.
+    arrays["params/head/kernel"] = np.zeros((3, 5), np.float32)
+    np.savez(tmp_path / "weights.npz", **arrays)
+    with pytest.raises(InputError, match=r"all weights of the model, but of params/head/kernel"):
+        build(config)
 
 
 def flatten(tree, path=()):
