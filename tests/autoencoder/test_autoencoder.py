@@ -177,6 +177,7 @@ def test_figures_of_reconstructions():
     ]
     np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
     np.testing.assert_allclose(psnr(a, a), 100.0)
+    np.testing.assert_array_equal(jax.grad(lambda x: psnr(x, a).sum())(a), 0)
     for figure in (psnr, ssim):
         for wrong, message in (
             (255 * a, "from .* in .0, 1."),
