@@ -134,8 +134,8 @@ def check_fractions(owner: object, *fields: str) -> None:
 def check_at_least(owner: object, **least: float) -> None:
     """Raises InputError for a field of `owner` that is below its `least`, or not a number.
 
-    A field of type int must be a whole one. None is passed over. Of a tuple, which cannot be empty,
-    each number counts.
+    Those of type `int` or `tuple[int, ...]` must be whole. None is passed over. Of a tuple, which
+    cannot be empty, each number counts.
     """
     known = getattr(owner, "__dataclass_fields__", {})
     for field, bound in least.items():

@@ -20,7 +20,8 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     check_unit(a)
     check_unit(b)
-    return jnp.minimum(dm_pix.psnr(a, b), 100.0)
+    # Bounded before the logarithm, whose slope at 0 would be NaN.
+    return -10 * jnp.log10(jnp.maximum(dm_pix.mse(a, b), 1e-10))
 
 
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -55,7 +56,12 @@ class CodeUsage:
         self.counts = np.zeros(self.size, np.int64)
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
-        """Counts the codes of a batch. Raises InputError for one that is out of range."""
+        """Counts the codes of a batch. Raises InputError for one out of range, or without any."""
+        if self.prediction not in outputs:
+            raise InputError(
+                f"CodeUsage: the task predicts {', '.join(outputs)}; prediction="
+                f"{self.prediction!r} is not among them"
+            )
         indices = np.asarray(outputs[self.prediction])[np.asarray(batch["valid"])].reshape(-1)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.size:
             raise InputError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cvjax import draw
 from cvjax.autoencoder.task import images_of
-from cvjax.checks import check_unit_images
+from cvjax.checks import check_at_least, check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 from cvjax.nn.vit import Block, ViT
@@ -32,6 +32,10 @@ class PatchDecoder(nn.Module):
     width: int = 64
     depth: int = 1
     heads: int = 4
+
+    def __post_init__(self):
+        check_at_least(self, outputs=1, width=1, depth=0, heads=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, seen: jax.Array, order: jax.Array, *, train: bool = False) -> jax.Array:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.space_to_depth import depth_to_space
 
@@ -13,6 +14,12 @@ class Encoder(nn.Module):
     outputs: int
     widths: tuple[int, ...] = (32, 64)
     hidden: int = 256
+
+    def __post_init__(self):
+        check_at_least(self, outputs=1, hidden=1)
+        if self.widths:  # without any it is a multilayer perceptron
+            check_at_least(self, widths=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -32,6 +39,14 @@ class Decoder(nn.Module):
     shape: tuple[int, int, int]
     widths: tuple[int, ...] = (64, 32)
     hidden: int = 256
+
+    def __post_init__(self):
+        check_at_least(self, shape=1, widths=1, hidden=1)
+        if len(self.shape) != 3:
+            raise InputError(
+                f"Decoder: shape is {self.shape}; it must be (height, width, channels)"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -58,6 +73,12 @@ class GridEncoder(nn.Module):
     channels: int
     widths: tuple[int, ...] = (32, 64)
 
+    def __post_init__(self):
+        check_at_least(self, channels=1)
+        if self.widths:
+            check_at_least(self, widths=1)
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns float [b, h / 2^n, w / 2^n, channels], of any range."""
@@ -72,6 +93,10 @@ class GridDecoder(nn.Module):
 
     channels: int
     widths: tuple[int, ...] = (64, 32)
+
+    def __post_init__(self):
+        check_at_least(self, channels=1, widths=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:

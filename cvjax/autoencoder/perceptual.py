@@ -122,7 +122,11 @@ def _run_variables(model: nn.Module, path: str, shape: tuple[int, ...]) -> dict:
     with jax.ensure_compile_time_eval():
         fresh = dict(model.init(jax.random.key(0), jnp.zeros((1, *shape))))
         params = {"model": fresh.pop("params")}
-        params, state, _ = load_params(params, fresh, path=path, use_ema=True)
+        params, state, table = load_params(params, fresh, path=path, use_ema=True)
+        for row in table.rows:
+            if row.status in ("missing", "shape differs"):
+                raise InputError(f"model is not that of {path}: of {row.path} the status is "
+                                 f"{row.status!r}")  # fmt: skip
         return jax.tree.map(np.asarray, {"params": params["model"], **state})
 
 

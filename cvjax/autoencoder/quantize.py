@@ -44,9 +44,10 @@ class VectorQuantizer(nn.Module):
 
     The codebook is in the collection "codebook": `counts` [size] and `sums` [size, d], whose
     quotient the vectors are, so that the mean over devices is that of their batches together.
-    Rows that are not valid do not move it. Restarts need the stream "codebook"; with
-    parallel="pmap" each device restarts what its own rows leave unused, so that a code lands
-    between the vectors of several: train with parallel="jit".
+    Rows that are not valid do not move it. A count falls to 1e-6 at the least, so that a code to
+    which nothing comes stays where it is. Restarts need the stream "codebook"; with parallel="pmap"
+    each device restarts what its own rows leave unused, so that a code lands between the vectors of
+    several: train with parallel="jit".
 
     Attributes:
       size: the number of codes.
@@ -100,14 +101,16 @@ class VectorQuantizer(nn.Module):
         """Counts and sums after a batch z [n, d]; as they were if nothing of it is valid."""
         chosen = jax.nn.one_hot(index, self.size) * valid[:, None]
         data = jnp.where(valid[:, None], z, 0.0)
-        new_counts = self.decay * counts + (1 - self.decay) * chosen.sum(0)
-        new_sums = self.decay * sums + (1 - self.decay) * chosen.T @ data
+        # A count of next to nothing stays: the quotient of two zeros would be another vector.
+        kept = jnp.clip(_NOTHING / counts, self.decay, 1.0)
+        new_counts = kept * counts + (1 - self.decay) * chosen.sum(0)
+        new_sums = kept[:, None] * sums + (1 - self.decay) * chosen.T @ data
         if self.restart_below:
             mean = new_counts.mean()
             dead = new_counts < self.restart_below * mean
             # Valid rows first, in random order, each at most once as long as there are enough.
             order = jax.random.uniform(self.make_rng("codebook"), (len(z),)) + 2 * ~valid
-            row = jnp.arange(self.size) % jnp.maximum(valid.sum(), 1)
+            row = (jnp.cumsum(dead) - 1) % jnp.maximum(valid.sum(), 1)
             fresh = mean * data[jnp.argsort(order)[row]]
             new_counts = jnp.where(dead, mean, new_counts)
             new_sums = jnp.where(dead[:, None], fresh, new_sums)
@@ -152,7 +155,7 @@ class FiniteScalarQuantizer(nn.Module):
                 f"the encoder gives {z.shape[-1]}"
             )
         levels = jnp.array(self.levels)
-        # Bounded so that rounding gives the levels -(L // 2) .. (L - 1) // 2, all alike often.
+        # Bounded so that rounding gives the levels -(L // 2) .. (L - 1) // 2 and no others.
         half = (levels - 1) * (1 - 1e-3) / 2
         offset = jnp.where(levels % 2, 0.0, 0.5)
         bounded = jnp.tanh(z + jnp.tan(offset / half)) * half - offset

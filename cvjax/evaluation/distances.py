@@ -98,7 +98,8 @@ def classifier_score(probabilities: ArrayLike) -> float:
         raise InputError(f"probabilities {list(p.shape)} must be [n, classes], rows summing to 1")
     marginal = p.mean(0)
     ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)
-    return float(np.exp((p * np.log(ratio)).sum(1).mean()))
+    score = np.exp((p * np.log(ratio)).sum(1).mean())
+    return float(np.clip(score, 1, p.shape[1]))  # rounding leads out of it
 
 
 def nearest_distances(real: ArrayLike, fake: ArrayLike) -> Array:

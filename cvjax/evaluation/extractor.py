@@ -41,7 +41,8 @@ class Extractor:
       mean, std: the model sees (image - mean) / std, of images in [0, 1].
 
     Raises:
-      InputError: a name that is misleading, or what `initialize` raises.
+      InputError: a name that is misleading, weights that are not all there, such as those of
+        torchvision's Inception for the FID, or what `initialize` raises.
     """
 
     name: str
@@ -65,7 +66,13 @@ class Extractor:
         blank = jnp.zeros((1, *self.image_shape))
         variables = jax.jit(self.model.init)(jax.random.key(0), blank)
         state = {key: value for key, value in variables.items() if key != "params"}
-        params, state, _ = self.initialize({"model": variables["params"]}, state)
+        params, state, table = self.initialize({"model": variables["params"]}, state)
+        for row in getattr(table, "rows", ()):  # of what both ways of loading tell
+            if row.status.startswith(("missing", "fresh", "shape differs", "no numbers")):
+                raise InputError(
+                    f"features {self.name!r} need all weights of the model, but of {row.path} the "
+                    f"status is {row.status!r}"
+                )
         object.__setattr__(self, "variables", {"params": params["model"], **state})
         object.__setattr__(self, "apply", jax.jit(self._apply))
 

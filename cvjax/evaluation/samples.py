@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cvjax.checks import check_count
 from cvjax.errors import InputError
 from cvjax.evaluation.distances import (
     classifier_score,
@@ -70,6 +71,7 @@ class SampleQuality:
         output: str = "sample",
         neighbours: int = 5,
     ):
+        check_count(1, neighbours=neighbours)
         self.extractor, self.output, self.neighbours = extractor, output, neighbours
         self.train = real_features(extractor, train, cache)
         self.held_out = real_features(extractor, held_out, cache)

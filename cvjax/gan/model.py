@@ -47,6 +47,14 @@ class Generator(nn.Module):
     widths: tuple[int, ...] = (96, 48)
     num_classes: int = 10
 
+    def __post_init__(self):
+        check_at_least(self, shape=1, widths=1, num_classes=0)
+        if len(self.shape) != 3:
+            raise InputError(
+                f"Generator: shape is {self.shape}; it must be (height, width, channels)"
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, z: jax.Array, label: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns float32 [b, *shape]."""
@@ -95,9 +103,12 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, label: jax.Array, *, train: bool = False
+        self, x: jax.Array, label: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Returns float32 [b], with an auxiliary head also the logits of the classes."""
+        if label is None and self.num_classes and self.conditioning == "projection":
+            raise InputError(f"Discriminator: num_classes is {self.num_classes}, but there are no "
+                             "labels; it must be 0")  # fmt: skip
         layer = partial(_normalized if self.spectral_norm else _plain, train=train)
         x = 2 * x - 1
         for width in self.widths:
@@ -123,6 +134,11 @@ class PatchDiscriminator(nn.Module):
 
     widths: tuple[int, ...] = (64, 128, 256, 512)
     spectral_norm: bool = True
+
+    def __post_init__(self):
+        if self.widths:  # without any each pixel has a logit
+            check_at_least(self, widths=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(

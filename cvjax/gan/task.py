@@ -70,7 +70,8 @@ class GAN:
                     f"num_classes is {self.num_classes}, but that of the {name} is {known}; they "
                     "must be equal"
                 )
-        has_head = getattr(self.discriminator, "conditioning", None) == "auxiliary"
+        auxiliary = getattr(self.discriminator, "conditioning", None) == "auxiliary"
+        has_head = auxiliary and self.num_classes > 0
         if has_head != (self.auxiliary > 0):
             raise InputError(
                 f"auxiliary is {self.auxiliary}, but the discriminator "
@@ -90,6 +91,7 @@ class GAN:
         """Returns {"generator", "discriminator"} and their statistics, by the same names."""
         one, two = jax.random.split(rng)
         image, label = self._clean(batch)
+        self._seen(image, rng)  # for its error
         z = jnp.zeros((len(image), self.latents))
         fake, generator = self.generator.init_with_output(one, z, label)
         if fake.shape != image.shape:
@@ -108,9 +110,17 @@ class GAN:
         return params, state
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless a batch on the host has images in [0, 1] and true classes."""
+        """Raises InputError unless a batch on the host has images in [0, 1] and true classes.
+
+        Also for one that cannot be divided among `critic_steps`.
+        """
         check_unit_images(batch)
-        if self.num_classes and "label" in batch:
+        self._check_size(batch)
+        if self.num_classes and "label" not in batch:
+            raise InputError(
+                f"num_classes is {self.num_classes}, but the data has no field label; it must be 0"
+            )
+        if self.num_classes:
             check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
 
     def discriminator_loss(
@@ -120,11 +130,7 @@ class GAN:
 
         The real part is a mean over the valid examples.
         """
-        if len(batch["valid"]) % self.critic_steps:
-            raise InputError(
-                f"a batch of {len(batch['valid'])} cannot be divided among critic_steps="
-                f"{self.critic_steps}; batch_size must be a multiple of it"
-            )
+        self._check_size(batch)
         batch = {name: batch[name][turn :: self.critic_steps] for name in KEYS if name in batch}
         image, label = self._clean(batch)
         fake_rng, change_rng, penalty_rng = jax.random.split(rng, 3)
@@ -255,6 +261,13 @@ class GAN:
         logit, of_classes = output
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(of_classes, label)
         return logit, self.auxiliary * cross_entropy
+
+    def _check_size(self, batch: Batch) -> None:
+        if len(batch["valid"]) % self.critic_steps:
+            raise InputError(
+                f"a batch of {len(batch['valid'])} cannot be divided among critic_steps="
+                f"{self.critic_steps}; batch_size must be a multiple of it"
+            )
 
     def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
         return image if self.augment is None else self.augment(image, rng)

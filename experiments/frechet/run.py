@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -29,7 +28,7 @@ from cvjax import draw
 from cvjax.build import build
 from cvjax.data.sources.digits import Digits
 from cvjax.data.sources.folder import Folder
-from cvjax.data.sources.pictures import SUFFIXES
+from cvjax.data.sources.pictures import SUFFIXES, read_picture, upright
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
@@ -64,13 +63,14 @@ def inception(weights: Path) -> Extractor:
 
 def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 [n, h, w, channels], and the labels where the images are in folders of classes."""
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in folder.glob("[!.]*") if f.suffix.lower() in SUFFIXES)
     if files:
         images, labels = [], None
         for file in files:
             try:
-                images.append(np.asarray(Image.open(file).convert({1: "L", 3: "RGB"}[channels])))
-            except (OSError, ValueError) as error:
+                convert = functools.partial(upright, channels=channels)  # as `Folder` does
+                images.append(np.asarray(read_picture(file, Folder.max_pixels, convert)))
+            except (OSError, InputError) as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
     else:
         source = Folder(folder, channels=channels)
@@ -153,4 +153,5 @@ if __name__ == "__main__":
     try:
         main_of(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)  # as main.py

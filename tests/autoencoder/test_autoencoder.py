@@ -1,5 +1,7 @@
 """Plain, denoising and vector-quantized autoencoders; corruptions; figures of reconstructions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +162,10 @@ def test_corruptions():
     assert not np.array_equal(masked, masked[:1].repeat(64, 0))
     with pytest.raises(InputError, match="std is -1"):
         add_noise(image, rng, std=-1.0)
-    for wrong in (dict(rate=1.5), dict(patch=0)):
+    loud = Autoencoder(Encoder(3), Decoder(SHAPE), corrupt=partial(add_noise, std=-1.0))
+    with pytest.raises(InputError, match="std is -1"):  # before there is a work directory
+        jax.eval_shape(loud.init, jax.random.key(0), batch_of())
+    for wrong in (dict(rate=1.5), dict(patch=0), dict(patch=2.5)):
         with pytest.raises(InputError, match="they must be in"):
             mask_patches(image, rng, **wrong)
 
@@ -172,6 +177,7 @@ def test_figures_of_reconstructions():
     ]
     np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
     np.testing.assert_allclose(psnr(a, a), 100.0)
+    np.testing.assert_array_equal(jax.grad(lambda x: psnr(x, a).sum())(a), 0)
     for figure in (psnr, ssim):
         for wrong, message in (
             (255 * a, "from .* in .0, 1."),

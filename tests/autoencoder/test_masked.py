@@ -133,6 +133,9 @@ def test_what_cannot_be_is_said(batch):
     for share in (0.0, 1.0):
         with pytest.raises(InputError, match=f"masked is {share}"):
             dataclasses.replace(TASK, masked=share)
+    for field in ("outputs", "width", "heads"):
+        with pytest.raises(InputError, match=f"PatchDecoder: {field} is 0"):
+            PatchDecoder(**{"outputs": 16, field: 0})
     with pytest.raises(InputError, match="9 x 12; they must be multiples of patch=4"):
         patches_of(np.zeros((1, 9, 12, 1)), 4)
     narrow = dataclasses.replace(TASK, decoder=PatchDecoder(1, width=8, heads=2))

@@ -1,5 +1,8 @@
 """Distances of features by loops; LPIPS against values recorded from its package."""
 
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from cvjax.autoencoder import perceptual
 from cvjax.autoencoder.perceptual import LPIPS, RunFeatures, feature_distance
 from cvjax.errors import InputError
+from cvjax.train.restore import Row
 
 
 def draw(seed, *shape):
@@ -66,6 +70,10 @@ def test_without_the_package_it_is_said(monkeypatch):
         LPIPS()(jnp.zeros((1, 32, 32, 1)), jnp.zeros((1, 32, 32, 1)))
     with pytest.raises(InputError, match="net is 'vgg'; it can be 'alexnet' or 'vgg16'"):
         LPIPS("vgg")
+    table = SimpleNamespace(rows=[Row("model/Conv_0/kernel", "[3]", "shape differs")])
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="model is not that of x"):
+        patch.setattr(perceptual, "load_params", lambda params, state, **_: (params, state, table))
+        perceptual._run_variables(nn.Dense(2), "x", (8, 8, 1))
     with pytest.raises(InputError, match="nowhere has no checkpoint"):
         from cvjax.autoencoder.model import Encoder
 

@@ -117,6 +117,16 @@ def test_the_codebook_follows_the_means_of_what_comes_to_it():
         np.testing.assert_allclose(vectors[code], z[index == code].mean(0), atol=1e-4)
 
 
+def test_an_unused_code_stays_where_it_is_without_restarts():
+    codes = book([[1.0, 2], [3, 4], [5, 6]], [1, 0.5, 1e-5])
+    for decay in (0.0, 0.5):
+        quantizer, variables = VectorQuantizer(3, decay=decay, restart_below=0.0), codes
+        for _ in range(160):  # 0.5^160 is no float32
+            variables = {"codebook": moved(quantizer, variables, np.ones((4, 1, 2), np.float32))}
+        vectors = vectors_of(quantizer, variables, np.arange(3))
+        np.testing.assert_allclose(vectors, [[1, 1], [3, 4], [5, 6]], rtol=1e-5)
+
+
 def test_dead_codes_begin_anew_on_valid_data_each_on_its_own():
     quantizer = VectorQuantizer(4, decay=0.9, restart_below=0.1)
     variables = book([[0.0, 0], [100, 0], [200, 0], [300, 0]], [10, 10, 0.01, 0.01])
@@ -128,6 +138,10 @@ def test_dead_codes_begin_anew_on_valid_data_each_on_its_own():
     rows = [np.abs(data - vectors[code]).sum(1).argmin() for code in (2, 3)]
     np.testing.assert_allclose(vectors[2:], data[rows], rtol=1e-5)
     assert rows[0] != rows[1]
+    # Two dead codes, whose numbers differ by the number of vectors.
+    sparse = book(100 * draw(1, 9, 2), [0.01, *[10] * 7, 0.01])
+    apart = moved(quantizer.clone(size=9), sparse, z[:, :2])
+    assert not np.allclose(apart["sums"][0], apart["sums"][8])
     # As many as they would have if all were used alike, before they were restarted.
     old = 0.9 * np.array([10, 10, 0.01, 0.01]) + 0.1 * np.array([12, 0, 0, 0])
     np.testing.assert_allclose(new["counts"][2:], old.mean(), rtol=1e-5)
@@ -220,6 +234,8 @@ def test_what_cannot_be_is_said():
         FiniteScalarQuantizer((8,) * 10 + (4,))
     with pytest.raises(InputError, match="are 2 channels, but the encoder gives 3"):
         FiniteScalarQuantizer((3, 3)).apply({}, jnp.zeros((1, 3)), ALL[:1])
+    with pytest.raises(InputError, match="predicts latent; prediction='indices' is not among"):
+        CodeUsage(9).add({"latent": np.zeros((1, 2))}, {"valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="codes from 0 to 9"):
         CodeUsage(9).add({"indices": np.array([[0, 9]])}, {"valid": np.ones(1, bool)})
     with pytest.raises(InputError, match="size is 0"):

@@ -259,9 +259,17 @@ def test_what_cannot_be_is_said():
         with pytest.raises(InputError, match=f"{field} is -1; it must be"):
             dataclasses.replace(small(), **{field: -1})
     wrong = VAE(Encoder(5, (4,), 8), Decoder(SHAPE, (4,), 8), latents=2)
-    params, _ = jax.eval_shape(wrong.init, jax.random.key(0), batch_of())
     with pytest.raises(InputError, match="latents is 2, but the encoder has 5 outputs"):
-        jax.eval_shape(wrong.encode, params, np.zeros((1, *SHAPE), np.float32))
+        jax.eval_shape(wrong.init, jax.random.key(0), batch_of())
+    for wrong, message in (
+        (lambda: Encoder(0), "Encoder: outputs is 0"),
+        (lambda: Encoder(4, (0,)), r"Encoder: widths\[0\] is 0"),
+        (lambda: Decoder(SHAPE, ()), "Decoder: widths is ()"),
+        (lambda: Decoder(SHAPE[:2]), "it must be .height, width, channels."),
+        (lambda: small(importance_samples=2.5), "is 2.5; it must be a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong()
     with pytest.raises(InputError, match="need multiples of 4"):
         Decoder((6, 6, 1)).init(jax.random.key(0), np.zeros((1, 2), np.float32))
     narrow = small(likelihood=DiscretizedLogistic())

@@ -124,6 +124,7 @@ def test_far_away_and_collapsed():
 
 def test_classifier_score():
     assert classifier_score(np.eye(10)) == pytest.approx(10)
+    assert all(classifier_score(np.eye(classes)) <= classes for classes in range(1, 30))
     assert classifier_score(np.full((5, 10), 0.1)) == pytest.approx(1)
     assert classifier_score(np.eye(10)[[3, 3, 3]]) == pytest.approx(1)  # one class only
     p = np.array([[0.5, 0.5], [0.9, 0.1]])

@@ -187,20 +187,24 @@ def test_nearest_distances():
 def test_a_config_makes_the_extractor_with_weights_from_a_file(extractor, tmp_path):
     arrays = {"/".join(path): np.asarray(x) for path, x in flatten(extractor.variables).items()}
     np.savez(tmp_path / "weights.npz", **arrays)
-    built = build(
-        {
-            "type": "evaluation.extractor.Extractor",
-            "name": "toy",
-            "model": {"type": "tests.evaluation.test_samples.Tiny"},
-            "initialize": {
-                "type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")
-            },
-            "image_shape": (SIDE, SIDE, 1),
-        }
-    )  # fmt: skip
+    config = {
+        "type": "evaluation.extractor.Extractor",
+        "name": "toy",
+        "model": {"type": "tests.evaluation.test_samples.Tiny"},
+        "initialize": {
+            "type": "nn.pretrained.load_pretrained", "path": str(tmp_path / "weights.npz")
+        },
+        "image_shape": (SIDE, SIDE, 1),
+    }  # fmt: skip
+    built = build(config)
     images = all_of(source(10))
     for one, other in zip(built(images), extractor(images), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+    # A head of other classes, as torchvision's Inception has for the FID, would be a random one.
+    arrays["params/head/kernel"] = np.zeros((3, 5), np.float32)
+    np.savez(tmp_path / "weights.npz", **arrays)
+    with pytest.raises(InputError, match=r"all weights of the model, but of params/head/kernel"):
+        build(config)
 
 
 def flatten(tree, path=()):
@@ -232,6 +236,8 @@ def test_what_cannot_be_is_said(extractor):
         quality.result()
     with pytest.raises(InputError, match="there are 5 held-out images; with neighbours=5"):
         SampleQuality(extractor, source(20), source(5))
+    with pytest.raises(InputError, match="neighbours is 0; it must be a whole number, at least 1"):
+        SampleQuality(extractor, source(20), source(20), neighbours=0)
     with pytest.raises(InputError, match="the source is empty"):
         SampleQuality(extractor, source(20), [])
     small = [{"image": source(20)[i]["image"][1:]} for i in range(20)]
@@ -266,6 +272,12 @@ def test_images_of_a_folder(tmp_path):
     images, labels = frechet.images_in(tmp_path / "classes", 3)
     np.testing.assert_array_equal(images[..., 2], pictures[[0, 2, 1, 3]])
     assert labels.tolist() == [0, 0, 1, 1]
+    # Grey levels of 16 bits are those of `Folder`, and hidden files are no images.
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(pictures[0].astype(np.uint16) * 257).save(tmp_path / "deep" / "0.png")
+    (tmp_path / "deep" / "._0.png").write_bytes(b"no picture")
+    images, _ = frechet.images_in(tmp_path / "deep", 1)
+    np.testing.assert_array_equal(images[0, ..., 0], pictures[0])
     Image.fromarray(pictures[0, :3]).save(tmp_path / "flat" / "9.png")
     with pytest.raises(InputError, match="must all have one size"):
         frechet.images_in(tmp_path / "flat", 1)

@@ -435,6 +435,9 @@ def test_an_auxiliary_head_is_paid_by_both():
     ):
         with pytest.raises(InputError, match="auxiliary head; set both or neither"):
             bad()
+    with pytest.raises(InputError, match="has no auxiliary head"):  # without classes
+        GAN(Generator(num_classes=0), Discriminator((4,), 0, conditioning="auxiliary"),
+            num_classes=0, auxiliary=1.0)  # fmt: skip
     with pytest.raises(InputError, match="conditioning is 'embedding'"):
         Discriminator(conditioning="embedding")
 
@@ -542,6 +545,21 @@ def test_what_cannot_be_is_said():
         small().check(batch_of() | {"label": np.array([0, 1, 2, 3, 0, 1])})
     with pytest.raises(InputError, match="label is 3, but num_classes is 3"):
         small().sample({}, np.array([0, 3]), jax.random.key(0))
+    unlabelled = {name: batch_of()[name] for name in ("image", "valid")}
+    with pytest.raises(InputError, match="num_classes is 3, but the data has no field label"):
+        small().check(unlabelled)
+    with pytest.raises(InputError, match="cannot be divided among critic_steps=4"):
+        small(critic_steps=4).check(batch_of())
+    with pytest.raises(InputError, match="num_classes is 3, but there are no labels"):
+        Discriminator((4,), 3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    with pytest.raises(InputError, match="translation is 2; it must be in"):
+        augmented = small(augment=functools.partial(diff_augment, translation=2))
+        jax.eval_shape(augmented.init, jax.random.key(0), batch_of())
+    with pytest.raises(InputError, match="it must be .height, width, channels."):
+        Generator((8, 8))
+    for wrong in (Generator, Discriminator, PatchDiscriminator):
+        with pytest.raises(InputError, match=r"widths\[1\] is 2.5; it must be a whole number"):
+            wrong(widths=(4, 2.5))
     for setting in (dict(translation=-0.1), dict(cutout=1.5), dict(contrast=-1.0)):
         with pytest.raises(InputError, match=f"{next(iter(setting))} is .* it must be in"):
             diff_augment(batch_of()["image"], jax.random.key(0), **setting)
