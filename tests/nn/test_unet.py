@@ -10,6 +10,7 @@ import pytest
 from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.embeddings import sinusoidal
+from cvjax.nn.text_encoder import TextEncoder
 from cvjax.nn.unet import AttentionBlock, Block, UNet, _resized
 
 SMALL = dict(num_classes=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_features=8)
@@ -196,7 +197,11 @@ def test_rows_do_not_see_each_other():
 def test_label_out_of_range_is_not_silent():
     network, args = UNet(**SMALL), inputs()
     params = random_params(network, *args)
-    assert np.all(np.isnan(jax.jit(network.apply)(params, *args[:2], np.array([4, 5]))))
+    assert np.all(np.isnan(jax.jit(network.apply)(params, *args[:2], np.array([4, -1]))))
+    text = TextEncoder(vocabulary=3, length=2, width=4)
+    params = random_params(text, np.zeros((1, 2), np.int32))
+    vectors, _ = jax.jit(text.apply)(params, np.array([[0, 3], [0, 4], [-1, 0]]))
+    assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1:]).all()
 
 
 def test_times_are_told_apart():
