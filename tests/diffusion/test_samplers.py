@@ -210,6 +210,9 @@ def test_adaptive_with_traced_parameters_and_labels():
     scale, labels = jnp.float32(0.5), jnp.arange(6) % 3
     expected = run(heun, scale, labels, keys, 64)
     np.testing.assert_allclose(run(adaptive, scale, labels, keys, 64), expected, atol=2e-3)
+    scales = jnp.float32([0.5, 0.0])
+    both = jax.vmap(lambda scale: run(adaptive, scale, labels, keys, 64))(scales)
+    np.testing.assert_allclose(both[0], expected, atol=2e-3)
 
 
 def test_adaptive_without_diffrax_says_what_to_install(monkeypatch):
