@@ -98,7 +98,12 @@ class Diffusion:
         And if the sampler does not fit the process: else a run would tell that at its first sample.
         """
         check_unit_images(batch)
-        if self.num_classes and "label" in batch:
+        if self.num_classes:
+            if "label" not in batch:
+                raise InputError(
+                    f"num_classes is {self.num_classes}, but the data have no field label (there "
+                    f"are: {', '.join(batch)}); give such, or set num_classes to 0"
+                )
             check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
         shape = tuple(self.image_shape)
         jax.eval_shape(

@@ -207,6 +207,9 @@ def test_a_sampler_that_does_not_fit_is_told_before_the_training(fields, message
     batch = {name: np.asarray(value) for name, value in batch_of().items()}
     with pytest.raises(InputError, match=message):
         task_of(Linear(), **fields).check(batch)
+    del batch["label"]
+    with pytest.raises(InputError, match="num_classes is 3, but the data have no field label"):
+        task_of(Linear()).check(batch)
 
 
 def test_without_classes_a_batch_needs_no_labels():
