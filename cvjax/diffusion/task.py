@@ -147,8 +147,8 @@ class Diffusion:
         eps = jax.random.normal(noise_rng, image.shape)
         if self.coupling is not None:
             # Rows that are not valid are a group of their own: they take no noise from others.
-            shown = condition.reshape(len(image), -1)
-            eps = self.coupling(image, eps, jnp.column_stack([shown, batch["valid"]]))
+            shown = jnp.column_stack([condition, batch["valid"]])
+            eps = self.coupling(image, eps, shown)
         condition = self._dropped(condition, dropout_rng)
         t = self._times(batch["valid"], jax.random.uniform(offset_rng))
         errors = self._errors(params, image, condition, t, eps)
@@ -275,7 +275,7 @@ class Diffusion:
         batch = len(jax.tree.leaves(condition)[0])
         drop = jax.random.bernoulli(rng, self.class_dropout, (batch,))
         return jax.tree.map(
-            lambda null, said: jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), null, said),
+            lambda null, said: jnp.where(drop.reshape(batch, *[1] * (said.ndim - 1)), null, said),
             self._null(condition),
             condition,
         )
