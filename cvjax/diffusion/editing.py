@@ -102,7 +102,7 @@ def invert(
         there = velocity(denoise, process, x + like(s - t, x) * here, s)
         return x + like(s - t, x) * (here + there) / 2
 
-    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.result_type(float)))
     return integrate(step, x, grid, len(x))
 
 

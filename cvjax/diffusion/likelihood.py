@@ -184,12 +184,12 @@ def vlb(
 
 
 def _checked(x: jax.Array) -> jax.Array:
-    """x in float32 at least."""
+    """x as floats that are at least as precise as those of the times."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(
             f"x is {x.dtype}; a density is of floats in [-1, 1]: take what dequantize returns"
         )
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _log_normal(x: jax.Array, sigma: jax.Array) -> jax.Array:
