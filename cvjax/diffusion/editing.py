@@ -102,9 +102,8 @@ def invert(
         there = velocity(denoise, process, x + like(s - t, x) * here, s)
         return x + like(s - t, x) * (here + there) / 2
 
-    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    start = like(process.alpha(jnp.zeros(len(x), x.dtype)), x) * x
-    return integrate(step, start, grid, len(x))
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.result_type(float)))
+    return integrate(step, x, grid, len(x))
 
 
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:

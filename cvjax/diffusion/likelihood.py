@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_count
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, convert, like, log_snr, perturb, time_at
 from cvjax.diffusion.samplers.integration import Denoise, integrate, normal, time_steps
@@ -157,8 +158,7 @@ def vlb(
 
     Args: as of `ode_log_likelihood`.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; the bound takes at least 1")
+    check_count(1, steps=steps)
     x = _checked(x)
     batch, dimensions, axes = len(x), x[0].size, tuple(range(1, x.ndim))
     zero, one = jnp.zeros(batch, x.dtype), jnp.ones(batch, x.dtype)
@@ -184,12 +184,12 @@ def vlb(
 
 
 def _checked(x: jax.Array) -> jax.Array:
-    """x in float32 at least."""
+    """x as floats that are at least as precise as those of the times."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(
             f"x is {x.dtype}; a density is of floats in [-1, 1]: take what dequantize returns"
         )
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _log_normal(x: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -217,8 +217,10 @@ class EDM:
         return floor + (self.sigma_max - floor) * t
 
     def times(self, u: jax.Array) -> jax.Array:
-        """The quantiles of t in training, with sigma log-normal but never above sigma_max."""
-        return jnp.minimum(log_normal(u, self.mean, self.std) / self.sigma_max, 1.0)
+        """The quantiles of t in training, with sigma log-normal but in [sigma(0), sigma_max]."""
+        floor = self.sigma_min / 20
+        sigma = log_normal(u, self.mean, self.std)
+        return jnp.clip((sigma - floor) / (self.sigma_max - floor), 0.0, 1.0)
 
 
 def like(factor: jax.Array, x: jax.Array) -> jax.Array:

@@ -98,7 +98,12 @@ class Diffusion:
         And if the sampler does not fit the process: else a run would tell that at its first sample.
         """
         check_unit_images(batch)
-        if self.num_classes and "label" in batch:
+        if self.num_classes:
+            if "label" not in batch:
+                raise InputError(
+                    f"num_classes is {self.num_classes}, but the data have no field label (there "
+                    f"are: {', '.join(batch)}); give such, or set num_classes to 0"
+                )
             check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
         shape = tuple(self.image_shape)
         jax.eval_shape(
@@ -142,8 +147,8 @@ class Diffusion:
         eps = jax.random.normal(noise_rng, image.shape)
         if self.coupling is not None:
             # Rows that are not valid are a group of their own: they take no noise from others.
-            shown = condition.reshape(len(image), -1)
-            eps = self.coupling(image, eps, jnp.column_stack([shown, batch["valid"]]))
+            shown = jnp.column_stack([condition, batch["valid"]])
+            eps = self.coupling(image, eps, shown)
         condition = self._dropped(condition, dropout_rng)
         t = self._times(batch["valid"], jax.random.uniform(offset_rng))
         errors = self._errors(params, image, condition, t, eps)
@@ -270,7 +275,7 @@ class Diffusion:
         batch = len(jax.tree.leaves(condition)[0])
         drop = jax.random.bernoulli(rng, self.class_dropout, (batch,))
         return jax.tree.map(
-            lambda null, said: jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), null, said),
+            lambda null, said: jnp.where(drop.reshape(batch, *[1] * (said.ndim - 1)), null, said),
             self._null(condition),
             condition,
         )

@@ -44,13 +44,38 @@ class TextToImage(Diffusion):
         if self.num_classes:
             raise InputError(f"num_classes is {self.num_classes}; with captions it must be 0")
         self.tokens(self.captions)  # an unknown word is told before the training
-        text = getattr(getattr(self.network, "network", self.network), "text", None)
+        text = getattr(getattr(self.network, "network", self.network), "text", self)
+        if text is None:
+            raise InputError(
+                "text of the network is None; with captions it must be a module that reads them, "
+                "such as nn.text_encoder.TextEncoder"
+            )
+        known = getattr(text, "length", self.length)
+        if known != self.length:
+            raise InputError(
+                f"length is {self.length}, but that of the network's text is {known}; they must be "
+                "equal"
+            )
         known = getattr(text, "vocabulary", len(self.words))
         if known != len(self.words):
             raise InputError(
                 f"words are {len(self.words)}, but the vocabulary of the network's text is "
                 f"{known}; they must be equal"
             )
+
+    def check(self, batch: Batch) -> None:
+        """As of `Diffusion`; and each caption must have `length` tokens, of `words`."""
+        super().check(batch)
+        if "tokens" not in batch:
+            raise InputError(f"captions need a field tokens; there are: {', '.join(batch)}")
+        tokens, most = np.asarray(batch["tokens"])[batch["valid"]], len(self.words)
+        if tokens.shape[1:] != (self.length,):
+            raise InputError(
+                f"length is {self.length}, but a caption of the data has {list(tokens.shape[1:])} "
+                "tokens; they must be equal"
+            )
+        if (wrong := tokens[(tokens < 0) | (tokens > most)]).size:
+            raise InputError(f"a token is {wrong[0]}; with {most} words it must be in 0..{most}")
 
     def tokens(self, captions: tuple[str, ...] | list[str]) -> np.ndarray:
         """Captions as the network reads them, int32 [b, length].
@@ -136,11 +161,15 @@ class Upsampler(TextToImage):
         `level` in [0, `augmentation`] says how faulty these are: noise of so large a standard
         deviation hides it, as in training, and is drawn for row i from `fold_in(rng, first + i)`.
 
-        Raises InputError for another level, for one above 0 without an `rng`, and for images that
-        are no floats or, outside of jit, not in [0, 1].
+        Raises InputError for another level, for one above 0 without an `rng`, and for images of
+        another shape, that are no floats or, outside of jit, not in [0, 1].
         """
         if not 0 <= level <= self.augmentation:
             raise InputError(f"level is {level}; it must be in [0, {self.augmentation}]")
+        height, width, channels = self.image_shape
+        expected = (len(tokens), height // self.factor, width // self.factor, channels)
+        if low.shape != expected:
+            raise InputError(f"small images are {list(low.shape)}; they must be {list(expected)}")
         check_unit(low)
         low = 2 * low - 1
         if level:

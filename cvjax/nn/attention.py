@@ -57,7 +57,8 @@ class CrossAttention(nn.Module):
             raise InputError(
                 f"attention: {channels} channels do not divide into {self.heads} heads"
             )
-        split = lambda y: y.reshape(*y.shape[:2], -1, channels // self.heads)  # noqa: E731
+        each = self.heads, channels // self.heads
+        split = lambda y: y.reshape(*y.shape[:2], *each)  # noqa: E731
         query = split(nn.Dense(channels, dtype=self.dtype, name="query")(x))
         both = nn.Dense(2 * channels, dtype=self.dtype, name="key_value")(words)
         key, value = map(split, jnp.split(both, 2, axis=-1))

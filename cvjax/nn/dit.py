@@ -143,7 +143,8 @@ class DiT(nn.Module):
         condition = nn.silu(condition)
 
         x = patchify(channels, self.patch, dtype=self.dtype, name="stem")(x.astype(self.dtype))
-        x = (x + positions(*grid, channels).astype(self.dtype)).reshape(len(x), -1, channels)
+        x = x + positions(*grid, channels).astype(self.dtype)
+        x = x.reshape(len(x), grid[0] * grid[1], channels)
         make_block = nn.remat(Block) if self.remat else Block
         for number in range(depth):
             x = make_block(heads, self.dtype, name=f"block_{number}")(x, condition, words)

@@ -66,4 +66,5 @@ class ClassEmbedding(nn.Module):
             dtype=self.dtype,
             name="table",
         )
-        return table(label)
+        # Counted from the end, a negative label would be a class.
+        return table(jnp.where(label < 0, self.num_classes + 1, label))

@@ -47,6 +47,8 @@ class TextEncoder(nn.Module):
             )
         init = nn.initializers.normal(1.0)
         table = nn.Embed(self.vocabulary + 1, self.width, embedding_init=init, name="table")
+        # Counted from the end, a negative token would be a word.
+        tokens = jnp.where(tokens < 0, self.vocabulary + 1, tokens)
         x = table(tokens) + self.param("position", init, (self.length, self.width))
         x = x.astype(self.dtype)
         for number in range(self.depth):

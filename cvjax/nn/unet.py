@@ -80,14 +80,14 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, words: jax.Array | None = None) -> jax.Array:
         """Keeps the shape."""
-        channels = x.shape[-1]
+        channels, flat = x.shape[-1], (len(x), x.shape[1] * x.shape[2], x.shape[-1])
         heads = max(1, channels // self.head_features)
-        tokens = _norm(x, self.dtype, "norm").reshape(x.shape[0], -1, channels)
+        tokens = _norm(x, self.dtype, "norm").reshape(flat)
         y = SelfAttention(heads, zero_init=True, dtype=self.dtype, name="attention")(tokens)
         x = _sum(x, y.reshape(x.shape), self.rescale)
         if words is None:
             return x
-        tokens = _norm(x, self.dtype, "words_norm").reshape(x.shape[0], -1, channels)
+        tokens = _norm(x, self.dtype, "words_norm").reshape(flat)
         y = CrossAttention(heads, zero_init=True, dtype=self.dtype, name="words")(tokens, words)
         return _sum(x, y.reshape(x.shape), self.rescale)
 

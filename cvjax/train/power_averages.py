@@ -62,7 +62,9 @@ def tracked(
     gammas = {str(width): exponent(width) for width in widths}
 
     def start(params: PyTree) -> PyTree:
-        averages = {name: jax.tree.map(jnp.copy, params) for name in gammas}
+        # In bfloat16 a small share of a difference would be rounded to nothing.
+        kept = lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        averages = {name: jax.tree.map(kept, params) for name in gammas}
         return {KEY: {"count": jnp.zeros((), jnp.int32), **averages}}
 
     def average(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cvjax.diffusion import grids
+from cvjax.diffusion.editing import invert
+from cvjax.diffusion.likelihood import ode_log_likelihood, vlb
 from cvjax.diffusion.process import EDM, FlowMatching, uniform
 from cvjax.diffusion.samplers import ddim, dpm_solver_2m, euler, example_keys, heun, unipc
 from tests.diffusion.mixture import exact
@@ -96,3 +98,17 @@ def test_multistep_methods_need_fewer_evaluations():
     reference = error(ddim, process, 32)
     for sampler in (dpm_solver_2m, unipc):
         assert error(sampler, process, 32) < 0.3 * reference
+
+
+def test_float32_in_double_precision():
+    """What is given counts as exact, whatever its type."""
+    process, denoise, x = FlowMatching(), lambda x, t: x, np.ones((3, 2), np.float32)
+    keys = example_keys(jax.random.key(0), 3)
+    sample = bind(heun, denoise, process, keys, (2,), 5)
+    for run in (
+        lambda x: sample(start=x),
+        lambda x: invert(denoise, process, x, 5),
+        lambda x: ode_log_likelihood(denoise, process, x, keys, 5),
+        lambda x: vlb(denoise, process, x, keys, 5),
+    ):
+        np.testing.assert_array_equal(run(x), run(np.float64(x)), strict=True)

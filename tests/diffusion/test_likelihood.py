@@ -214,3 +214,5 @@ def test_no_steps(keys):
     for function in (by_ode, bound):
         with pytest.raises(InputError, match="steps is 0"):
             function(FlowMatching(), keys, 0)
+        with pytest.raises(InputError, match="steps is 2.5; it must be a whole number"):
+            function(FlowMatching(), keys, 2.5)

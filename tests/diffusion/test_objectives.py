@@ -12,11 +12,12 @@ from cvjax.diffusion import losses
 from cvjax.diffusion.coupling import optimal_coupling
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.preconditioning import Preconditioned
-from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, perturb, uniform
+from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, like, perturb, uniform
 from cvjax.diffusion.samplers import ddim
 from cvjax.diffusion.task import Diffusion, LearnedVariance
 from cvjax.errors import InputError
 from cvjax.train.loop import fit
+from cvjax.train.state import TrainState
 from tests.diffusion.test_task import CLASSES, SHAPE, Linear, batch_of, start, task_of
 
 
@@ -70,6 +71,29 @@ def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
     np.testing.assert_array_equal(seen[0][2], np.stack([labels, np.arange(8) < 7], axis=1))
     task.evaluate(params, {}, batch, jax.random.key(0))
     assert len(seen) == 1
+
+
+def test_the_noise_of_a_loss_is_standard_or_what_the_coupling_gives():
+    """The error of a network that says 0 is the mean square of the noise, which is its target."""
+
+    class Nothing(nn.Module):
+        def __call__(self, x, t, label):
+            seen.append((x, t))
+            return 0 * x
+
+    def coupling(image, noise, group):
+        return 3.0 + 0 * noise
+
+    seen, batch, process = [], batch_of(400), VariancePreserving("linear", "eps")
+    for given, expected in ((None, 1.0), (coupling, 9.0)):
+        task = task_of(Nothing(), process=process, coupling=given)
+        state = TrainState(np.int32(0), jax.random.key(0), {"network": {}}, {}, {}, {})
+        value, _ = task.loss(state.params, state, batch, jax.random.key(3))
+        # 4 standard errors of 25,600 squares.
+        np.testing.assert_allclose(value, expected, atol=4 * np.sqrt(2 / 25_600))
+        x, t = seen[-1]
+        eps = (x - perturb(process, 2 * batch["image"] - 1, 0.0, t)) / like(process.sigma(t), x)
+        np.testing.assert_allclose(np.mean(eps**2), value, rtol=1e-3)
 
 
 def test_rows_that_are_not_valid_take_no_noise_from_others():

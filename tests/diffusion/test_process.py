@@ -220,8 +220,10 @@ def test_the_time_of_edm_is_sigma():
     np.testing.assert_allclose(found["diffusion"] ** 2, 2 * found["sigma"] * 80, rtol=1e-4)
     np.testing.assert_allclose(noise_of(process), 80, rtol=0.03)
     levels, less, direct = jax.jit(
-        lambda u: (80 * process.times(u), EDM(sigma_max=0.5).times(u), log_normal(u, -1.2, 1.2))
-    )(QUANTILES)
+        lambda u: (
+            process.sigma(process.times(u)), EDM(sigma_max=0.5).times(u), log_normal(u, -1.2, 1.2)
+        )
+    )(QUANTILES)  # fmt: skip
     logs = np.log(levels)
     np.testing.assert_allclose([np.mean(logs), np.std(logs)], [-1.2, 1.2], atol=0.01)
     assert less.max() == 1

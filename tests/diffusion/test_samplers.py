@@ -210,6 +210,9 @@ def test_adaptive_with_traced_parameters_and_labels():
     scale, labels = jnp.float32(0.5), jnp.arange(6) % 3
     expected = run(heun, scale, labels, keys, 64)
     np.testing.assert_allclose(run(adaptive, scale, labels, keys, 64), expected, atol=2e-3)
+    scales = jnp.float32([0.5, 0.0])
+    both = jax.vmap(lambda scale: run(adaptive, scale, labels, keys, 64))(scales)
+    np.testing.assert_allclose(both[0], expected, atol=2e-3)
 
 
 def test_adaptive_without_diffrax_says_what_to_install(monkeypatch):
@@ -332,3 +335,27 @@ def test_one_langevin_step_keeps_a_gaussian():
     # 8,000 numbers: 4 standard errors of a variance are 4 sqrt(2 / 8000) = 6.3 %.
     np.testing.assert_allclose(jnp.var(x), 0.25 / (1 - 0.09), rtol=0.063)
     assert jnp.allclose(convert(process, "score", "eps", denoise(x, 0), x, jnp.zeros(2000)), 2 * x)
+
+
+def test_predictor_corrector_is_algorithm_1_of_score_sde():
+    """Line by line in NumPy, where the noise changes much in a step."""
+    process, steps, corrections, snr = VarianceExploding(0.1, 10.0, "score"), 3, 2, 0.2
+    keys, denoise = example_keys(jax.random.key(5), 8), exact(VarianceExploding(0.1, 10.0, "score"))
+    sampler = bind(predictor_corrector, corrections=corrections, snr=snr)
+    found, x = jax.jit(
+        lambda keys: (sampler(denoise, process, keys, (2,), steps), begin(process, keys, (2,)))
+    )(keys)
+    for i in range(steps):
+        t, s = (np.full(8, 1 - at / steps, np.float32) for at in (i, i + 1))
+        high, low = (process.sigma(time)[:, None] for time in (t, s))
+        # Ancestral sampling, their equation 47, and its variance.
+        x = x + (high**2 - low**2) * denoise(x, t)
+        if i == steps - 1:
+            break
+        number = i * (corrections + 1)
+        x = x + low * np.sqrt(1 - low**2 / high**2) * normal(keys, (2,), number)
+        for j in range(corrections):
+            length = 2 * (snr * low) ** 2
+            x = x + length * denoise(x, s)
+            x = x + np.sqrt(2 * length) * normal(keys, (2,), number + 1 + j)
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)

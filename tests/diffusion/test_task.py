@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.diffusion.coupling import optimal_coupling
 from cvjax.diffusion.learned_variance import ddpm_learned
 from cvjax.diffusion.preconditioning import Preconditioned
 from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, logit_normal, uniform
@@ -101,6 +102,13 @@ def test_no_valid_row_is_no_loss():
     empty = batch | dict(valid=np.zeros(8, bool))
     (value, _), gradient = loss_and_gradient(task, params, state, empty, jax.random.key(0))
     assert value == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    nothing = {name: value[:0] for name, value in batch.items()}
+    coupled = dataclasses.replace(task, coupling=optimal_coupling)
+    for one in (task, coupled):
+        loss, _ = jax.eval_shape(one.loss, params, state, nothing, jax.random.key(0))
+        assert loss.shape == ()
+    outputs = jax.eval_shape(task.predict, params, {}, nothing, jax.random.key(0))
+    assert outputs["sample"].shape == (0, *SHAPE)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
@@ -207,6 +215,9 @@ def test_a_sampler_that_does_not_fit_is_told_before_the_training(fields, message
     batch = {name: np.asarray(value) for name, value in batch_of().items()}
     with pytest.raises(InputError, match=message):
         task_of(Linear(), **fields).check(batch)
+    del batch["label"]
+    with pytest.raises(InputError, match="num_classes is 3, but the data have no field label"):
+        task_of(Linear()).check(batch)
 
 
 def test_without_classes_a_batch_needs_no_labels():

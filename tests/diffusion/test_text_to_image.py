@@ -70,6 +70,21 @@ def test_mistakes_in_captions_and_words():
     text = TextEncoder(vocabulary=7, length=8)
     with pytest.raises(InputError, match="words are 19, but the vocabulary .* is 7"):
         task_of(network=UNet(num_classes=0, text=text))
+    text = TextEncoder(vocabulary=len(WORDS), length=9)
+    with pytest.raises(InputError, match="length is 8, but that of the network's text is 9"):
+        task_of(network=UNet(num_classes=0, text=text))
+    with pytest.raises(InputError, match="text of the network is None"):
+        task_of(network=UNet(num_classes=0))
+    task = task_of()
+    for tokens, message in (
+        (None, "need a field tokens; there are: image, label, valid"),
+        (np.zeros((4, 9), np.int32), r"length is 8, but a caption of the data has \[9\] tokens"),
+        (np.full((4, 8), len(WORDS) + 1), "a token is 20; with 19 words it must be in 0..19"),
+    ):
+        batch = batch_of(task) | dict(tokens=tokens)
+        with pytest.raises(InputError, match=message):
+            task.check({name: value for name, value in batch.items() if value is not None})
+    task.check(batch_of(task))
     with pytest.raises(InputError, match="num_classes is 10; with captions it must be 0"):
         task_of(num_classes=10)
     with pytest.raises(InputError, match="guidance is 2.0.*class_dropout"):
@@ -131,6 +146,8 @@ def test_what_the_upsampler_sees():
     for wrong in (np.full_like(low, 200, np.uint8), low - 0.5, np.full_like(low, 255.0)):
         with pytest.raises(InputError, match="images have"):
             task.condition(batch["tokens"], wrong)
+    with pytest.raises(InputError, match=r"images are \[4, 3, 4, 1\]; .* \[4, 4, 4, 1\]"):
+        task.condition(batch["tokens"], (low[:, :3] + 1) / 2)
     # So it is in sampling, for each row from its own key.
     rng, tokens = jax.random.key(1), np.repeat(batch["tokens"][:1], 500, axis=0)
     grey = np.full((500, *low.shape[1:]), 0.5, np.float32)

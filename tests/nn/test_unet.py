@@ -9,7 +9,9 @@ import pytest
 
 from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
+from cvjax.nn.dit import DiT
 from cvjax.nn.embeddings import sinusoidal
+from cvjax.nn.text_encoder import TextEncoder
 from cvjax.nn.unet import AttentionBlock, Block, UNet, _resized
 
 SMALL = dict(num_classes=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_features=8)
@@ -34,6 +36,16 @@ def test_output_has_the_shape_of_the_input(size, multipliers):
     x, *rest = inputs(*size, channels=3)
     shape, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, *rest)
     assert shape.shape == x.shape and shape.dtype == jnp.float32
+
+
+def test_no_image_is_a_batch_too():
+    text = TextEncoder(vocabulary=3, length=2, width=4)
+    for network in (UNet(**SMALL), UNet(**SMALL, text=text), DiT(width=8, depth=1, heads=2),
+                    DiT(width=8, depth=1, heads=2, text=text)):  # fmt: skip
+        x, t, label = inputs(batch=0)
+        label = np.zeros((0, 2), np.int32) if network.text else label
+        shape, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t, label)
+        assert shape.shape == (0, 8, 8, 1)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (14, 30), (6, 2)])
@@ -196,7 +208,11 @@ def test_rows_do_not_see_each_other():
 def test_label_out_of_range_is_not_silent():
     network, args = UNet(**SMALL), inputs()
     params = random_params(network, *args)
-    assert np.all(np.isnan(jax.jit(network.apply)(params, *args[:2], np.array([4, 5]))))
+    assert np.all(np.isnan(jax.jit(network.apply)(params, *args[:2], np.array([4, -1]))))
+    text = TextEncoder(vocabulary=3, length=2, width=4)
+    params = random_params(text, np.zeros((1, 2), np.int32))
+    vectors, _ = jax.jit(text.apply)(params, np.array([[0, 3], [0, 4], [-1, 0]]))
+    assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1:]).all()
 
 
 def test_times_are_told_apart():

@@ -53,6 +53,15 @@ def test_tracked_is_the_average_with_the_profile(number):
         np.testing.assert_allclose(averages[number][count - 1], expected, atol=2e-4)
 
 
+def test_the_average_of_bfloat16_parameters_does_not_stand_still():
+    optimizer = tracked(1.0, transform=optax.sgd, widths=(0.1,))
+    values = jnp.arange(COUNT + 1, dtype=jnp.float32).astype(jnp.bfloat16) / COUNT
+    step = lambda state, x: (optimizer.update(0 * x, state, x)[1], None)  # noqa: E731
+    state, _ = jax.jit(lambda: jax.lax.scan(step, optimizer.init(values[0]), values))()
+    average = state[1]["power_averages"]["0.1"]
+    np.testing.assert_allclose(average, directly(np.float64(values[1:]), 0.1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("width", [0.05, 0.06, 0.075, 0.1, 0.13])
 def test_any_width_afterwards(width):
     values, *averages = walk()

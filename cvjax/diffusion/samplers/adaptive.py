@@ -103,7 +103,9 @@ def solve(
     images, number, is_done = jax.vmap(solve_one, (0, None))(
         x, [jnp.asarray(c) for c in program.consts]
     )
-    are_done = jax.pure_callback(check, jax.ShapeDtypeStruct((), bool), is_done)
+    are_done = jax.pure_callback(
+        check, jax.ShapeDtypeStruct((), bool), is_done, vmap_method="sequential"
+    )
     return jnp.where(are_done, images, jnp.nan), number
 
 

@@ -65,7 +65,7 @@ def begin(
         return jax.vmap(lambda key: prior(process, key, shape))(keys)
     if start.shape != (len(keys), *shape):
         raise InputError(f"start is {start.shape}; it must be {(len(keys), *shape)}")
-    return jnp.asarray(start, jnp.promote_types(start.dtype, jnp.float32))
+    return jnp.asarray(start, jnp.promote_types(start.dtype, jnp.result_type(float)))
 
 
 def normal(keys: jax.Array, shape: Shape, index: jax.Array | int) -> jax.Array:
