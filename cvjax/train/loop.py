@@ -152,13 +152,21 @@ def fit(
     example = example_batch(task, data, batch_size, loader)
     if eval_data is not None:
         transforms = (loader or {}).get("eval_transforms", ())
-        example_batch(task, eval_data, batch_size, {**(loader or {}), "transforms": transforms})
+        held_out = example_batch(
+            task, eval_data, batch_size, {**(loader or {}), "transforms": transforms}
+        )
 
     rng = jax.random.key(seed)
     make_state, optimizers, averages = state_maker(task, example, rng, optimizer, ema, steps, mesh)
     axis = sharding.AXIS if parallel == "pmap" else None
     step = step or make_train_step(task, optimizers, averages, axis, scanned)
     compiled = (sharding.pmap_step if axis else sharding.jit_step)(step, mesh)
+    evaluate_state = Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
+    # Traced here, so that what a loss or a prediction refuses is told before there is a directory.
+    like = shapes_of(make_state, rng, example, mesh)
+    jax.eval_shape(compiled, like, sharding.shapes_of_batch(example, scanned, mesh))
+    if eval_data is not None:
+        evaluate_state.trace(like, held_out)
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
         is_new = checkpoints = restored = None
@@ -172,7 +180,7 @@ def fit(
         # Known by the lock: another run may have come first.
         with _removed_if_refused(workdir if is_new and is_primary else None):
             if checkpoints:
-                restored = checkpoints.restore(shapes_of(make_state, rng, example, mesh))
+                restored = checkpoints.restore(like)
             if restored:
                 state, position = restored.state, restored.position
             else:
@@ -193,7 +201,6 @@ def fit(
                 writer.write_hparams(hparams=config or {})
 
         _describe(task, state, example, mesh, position // micro, workdir)
-        evaluate_state = Evaluation(task, eval_loader, evaluators or {}, mesh, seed)
         window, rates = Window(NonFiniteGuard(max_nonfinite)), _schedules(optimizer, steps)
         total, saved = steps * micro, None
 

@@ -70,6 +70,15 @@ def put_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     )
 
 
+def shapes_of_batch(
+    batch: dict[str, np.ndarray], times: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch with so many times the rows of this one."""
+    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    shape = lambda x: (times * x.shape[0], *x.shape[1:])  # noqa: E731
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype, sharding=rows), batch)
+
+
 def jit_step(step: Callable, mesh: Mesh) -> Callable:
     """`step(state, batch)` compiled for the mesh; the state's buffers are donated."""
     whole = replicated(mesh)
