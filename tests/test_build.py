@@ -72,6 +72,8 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="nn.resnt.ResNet"), "did you mean nn.resnet"),
         (dict(type="nn.resnet.ResNet", dept=3), "did you mean depth"),
         (dict(type="classification.task.Classification"), "config.model is missing"),
+        (dict(type="classification.losses.class_balanced"), "config.counts is missing"),
+        (dict(type="nn.resnet.ResNet", dtype="int32"), "config.dtype is 'int32'"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
