@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cvjax.checks import check_at_least, check_unit, check_unit_images
+from cvjax.checks import check_at_least, check_channels, check_unit, check_unit_images
 from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import unit
@@ -49,3 +49,11 @@ def test_a_field_is_a_number_and_large_enough(value, message):
         check_at_least(SimpleNamespace(copies=fine), copies=1)
     with pytest.raises(InputError, match=f"SimpleNamespace: {message}"):
         check_at_least(SimpleNamespace(copies=value), copies=1)
+
+
+@pytest.mark.parametrize("std", [0.0, (0.5, 0.0, 0.5), -1.0, np.nan])
+def test_nothing_is_divided_by_a_std_of_0(std):
+    batch = {"image": np.zeros((2, 4, 4, 3))}
+    check_channels(batch, mean=0.0, std=0.5)
+    with pytest.raises(InputError, match="std is .*: it must be above 0"):
+        check_channels(batch, mean=0.0, std=std)
