@@ -59,6 +59,9 @@ class Segmentation:
                 raise InputError(
                     f"losses: {name!r} is the name of another metric; call it something else"
                 )
+        for name, loss in self.losses.items():
+            if not callable(loss):
+                raise InputError(f"losses.{name} is {loss!r}; it must be a function")
         for name in self.weights:
             if name not in self.losses:
                 raise InputError(f"weights: no loss is named {name!r}{nearest(name, self.losses)}")
