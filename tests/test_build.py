@@ -105,6 +105,19 @@ def test_overrides_keep_the_type_and_a_new_type_takes_its_own_fields():
     assert config.data.train.split == "train", "the config that was read is not touched"
 
 
+def test_one_of_several_objects_is_taken_away():
+    root = __file__.rsplit("/tests/", 1)[0]
+    config = read(f"{root}/configs/segmentation.py")
+    flags = ["task.losses.dice", "task.weights", "evaluators.segmentation"]
+    changed = override(config, [(flag, "None") for flag in flags])
+    assert list(changed.task.losses) == ["cross_entropy"] and not changed.evaluators
+    assert list(build(buildable(changed.task)).losses) == ["cross_entropy"]
+    changed = override(read(f"{root}/configs/cifar10.py"), [("task.augment.cutout", "None")])
+    assert set(changed.task.augment) == {"type", "crop", "flip"}
+    # A field of one object is None where it has that value.
+    assert override(config, [("data.test", "None")]).data.test is None
+
+
 def test_an_object_where_there_was_none():
     root = __file__.rsplit("/tests/", 1)[0]
     config = read(f"{root}/configs/classification.py:tiny")
