@@ -184,8 +184,9 @@ class MultiTask:
                 total += head.weight * value
                 continue
             s = params["model"][LOG_VARIANCE][name]
-            # A batch of nothing teaches nothing, about the variances neither.
-            total += jnp.where(count > 0, jnp.exp(-s) * value + s / 2, 0.0)
+            # A batch without truth for this head teaches nothing, about its variance neither.
+            truths = metrics["loss"].count if "loss" in metrics else count
+            total += jnp.where(truths > 0, jnp.exp(-s) * value + s / 2, 0.0)
             found[f"{name}/weight"] = Average(total=jnp.exp(-s) * count, count=count)
         return total, {"loss": Average(total=total * count, count=count), **found}
 

@@ -133,6 +133,14 @@ def test_a_batch_of_nothing_teaches_nothing(name):
     jax.tree.map(np.testing.assert_array_equal, new_state, model_state)
 
 
+def test_a_head_without_truth_learns_nothing_about_its_variance():
+    batch = batch_of(4)
+    batch["mask"][:] = 255
+    (_, _), gradient = step_of("learned")(*initialized("learned"), batch)[0]
+    slopes = gradient["model"]["log_variance"]
+    assert slopes["pixels"] == 0 and slopes["present"] != 0
+
+
 def test_one_head_is_the_task_of_its_own():
     alone = Segmentation(Segmenter(Backbone(), PIXELS.module))
     several = MultiTask(Backbone(), {"pixels": PIXELS})
