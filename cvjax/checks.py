@@ -116,7 +116,7 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> None:
     """Raises InputError for a label that is no class; 0 classes mean that nobody looks at them."""
-    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    wrong = labels[~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)))]
     if num_classes and wrong.size:
         raise InputError(
             f"{name} is {wrong[0]}, but num_classes is {num_classes}: classes are "
