@@ -126,20 +126,24 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
         _check_number(f"{path}.{field}", fields[field], (known or {}).get(field))
-    if not inspect.isclass(target):
-        return functools.partial(target, **fields)
     for field, parameter in (known or {}).items():
         required = parameter.default is parameter.empty
+        # What a function takes by position is what its caller gives.
+        given_later = not inspect.isclass(target) and parameter.kind is not parameter.KEYWORD_ONLY
         positional = parameter.kind is not parameter.VAR_POSITIONAL
-        if required and positional and field not in fields:
+        if required and positional and not given_later and field not in fields:
             raise InputError(f"{path}.{field} is missing: {name} needs it")
+    if not inspect.isclass(target):
+        return functools.partial(target, **fields)
     if isinstance(fields.get("dtype"), str):
         try:
-            jnp.dtype(fields["dtype"])
+            is_float = jnp.issubdtype(jnp.dtype(fields["dtype"]), jnp.floating)
         except TypeError:
+            is_float = False
+        if not is_float:
             raise InputError(
                 f"{path}.dtype is {fields['dtype']!r}; it can be 'float32', 'bfloat16' or 'float16'"
-            ) from None
+            )
     try:
         return target(**fields)
     except (TypeError, ValueError, OSError) as error:

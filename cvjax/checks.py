@@ -99,7 +99,10 @@ def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
 
 
 def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[float, ...]) -> None:
-    """Raises InputError unless each setting is a number, or one for each channel of the images."""
+    """Raises InputError unless each setting is a number, or one for each channel of the images.
+
+    One that is called `std` must be above 0.
+    """
     channels = np.shape(batch["image"])[-1]
     for name, value in settings.items():
         if np.ndim(value) > 1 or np.size(value) not in (1, channels):
@@ -107,11 +110,13 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
                 f"{name} is {value}; the images have {channels} channels: it must be a number, or "
                 "one for each of them"
             )
+        if name == "std" and not np.all(np.asarray(value) > 0):
+            raise InputError(f"std is {value}; images are divided by it: it must be above 0")
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> None:
     """Raises InputError for a label that is no class; 0 classes mean that nobody looks at them."""
-    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    wrong = labels[~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)))]
     if num_classes and wrong.size:
         raise InputError(
             f"{name} is {wrong[0]}, but num_classes is {num_classes}: classes are "

@@ -49,6 +49,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     fields that it does not take are dropped, those that it does take may be set by further
     flags, in whatever order. Where there is no object yet, but may be one, it makes the first;
     among transforms and evaluators it adds one, as the last, under a name that is not taken.
+    None takes one away of several objects that have names: transforms, evaluators, losses, heads.
     `data.on_bad` is that of all sources of `data` that have this field.
     Raises InputError in one line for everything else.
     """
@@ -78,6 +79,9 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
             _replace(node, {"type": text, **kept})
         elif last in node:
             value = _parse(text, node[last], flag)
+            if value is None and _are_named(node, walked):
+                del node[last]
+                continue
             with node.ignore_type():
                 node[last] = value
         elif "type" in node and _takes(node["type"], last, walked):
@@ -139,6 +143,13 @@ def _may_hold(node: Any, field: str, path: str, within: bool) -> bool:
     if _of_run(path) in NAMED:
         return "type" not in node
     return field in node or ("type" in node and _takes(node["type"], field, path))
+
+
+def _are_named(node: ConfigDict, path: str) -> bool:
+    """Whether all that a node has are objects, under names that are free to choose."""
+    is_free = "type" not in node or fields_of(resolve(node["type"], path)) is None
+    objects = [value for name, value in node.items() if name != "type"]
+    return is_free and all(isinstance(one, ConfigDict) and "type" in one for one in objects)
 
 
 def _of_run(path: str) -> str:

@@ -31,6 +31,18 @@ def from_callbacks() -> Iterator[None]:
         raise InputError(raised[1]) from error
 
 
+@contextlib.contextmanager
+def naming_fields(who: str, *fields: Iterable[str]) -> Iterator[None]:
+    """A KeyError of a name that none of these dictionaries has is raised as an InputError."""
+    try:
+        yield
+    except KeyError as error:
+        name, known = error.args[0], {name for some in fields for name in some}
+        if not isinstance(name, str) or name in known:
+            raise
+        raise InputError(f"{who} needs a field {name!r}{nearest(name, known)}") from error
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ' (did you mean X?)', or ' (there are: ...)' when nothing is close to `name`."""
     choices = sorted(choices)

@@ -72,6 +72,8 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="nn.resnt.ResNet"), "did you mean nn.resnet"),
         (dict(type="nn.resnet.ResNet", dept=3), "did you mean depth"),
         (dict(type="classification.task.Classification"), "config.model is missing"),
+        (dict(type="classification.losses.class_balanced"), "config.counts is missing"),
+        (dict(type="nn.resnet.ResNet", dtype="int32"), "config.dtype is 'int32'"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
@@ -101,6 +103,19 @@ def test_overrides_keep_the_type_and_a_new_type_takes_its_own_fields():
         type="data.sources.folder.Folder", path="some/where"
     )
     assert config.data.train.split == "train", "the config that was read is not touched"
+
+
+def test_one_of_several_objects_is_taken_away():
+    root = __file__.rsplit("/tests/", 1)[0]
+    config = read(f"{root}/configs/segmentation.py")
+    flags = ["task.losses.dice", "task.weights", "evaluators.segmentation"]
+    changed = override(config, [(flag, "None") for flag in flags])
+    assert list(changed.task.losses) == ["cross_entropy"] and not changed.evaluators
+    assert list(build(buildable(changed.task)).losses) == ["cross_entropy"]
+    changed = override(read(f"{root}/configs/cifar10.py"), [("task.augment.cutout", "None")])
+    assert set(changed.task.augment) == {"type", "crop", "flip"}
+    # A field of one object is None where it has that value.
+    assert override(config, [("data.test", "None")]).data.test is None
 
 
 def test_an_object_where_there_was_none():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cvjax.checks import check_at_least, check_unit, check_unit_images
+from cvjax.checks import check_at_least, check_channels, check_unit, check_unit_images
 from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import unit
@@ -66,3 +66,11 @@ def test_a_field_of_integers_has_whole_numbers():
     for wrong in ({"copies": 2.0}, {"sizes": (2, 1.5)}):
         with pytest.raises(InputError, match=".* is .*; it must be a whole number, at least 1"):
             check_at_least(Counted(**wrong), **dict.fromkeys(wrong, 1))
+
+
+@pytest.mark.parametrize("std", [0.0, (0.5, 0.0, 0.5), -1.0, np.nan])
+def test_nothing_is_divided_by_a_std_of_0(std):
+    batch = {"image": np.zeros((2, 4, 4, 3))}
+    check_channels(batch, mean=0.0, std=0.5)
+    with pytest.raises(InputError, match="std is .*: it must be above 0"):
+        check_channels(batch, mean=0.0, std=std)

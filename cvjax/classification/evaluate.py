@@ -147,10 +147,20 @@ class MeanAveragePrecision:
         self._targets: list[np.ndarray] = []
 
     def add(self, outputs: Arrays, batch: Arrays) -> None:
-        """Takes `logits` [b, classes]; of the batch `label` [b, classes] and `valid`."""
+        """Takes `logits` [b, classes]; of the batch `label` [b, classes] and `valid`.
+
+        Raises InputError for labels of another shape.
+        """
         valid = np.asarray(batch["valid"])
-        self._scores.append(np.asarray(outputs["logits"], np.float32)[valid])
-        self._targets.append(np.asarray(batch["label"])[valid] > 0.5)
+        scores = np.asarray(outputs["logits"], np.float32)[valid]
+        label = np.asarray(batch["label"])[valid]
+        if label.shape != scores.shape:
+            raise InputError(
+                f"MeanAveragePrecision: label is {list(label.shape)}; for logits "
+                f"{list(scores.shape)} it must be the same: a yes or no for each class"
+            )
+        self._scores.append(scores)
+        self._targets.append(label > 0.5)
 
     def result(self) -> dict[str, float]:
         """The metric; {} when no class has a positive example."""

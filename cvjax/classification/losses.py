@@ -84,7 +84,7 @@ def sigmoid_focal(
 def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[float, ...]:
     """Weights for classes that have `counts` training examples: (1 - beta) / (1 - beta^n).
 
-    Scaled so that they sum to the number of classes; a class without examples gets weight 0.
+    Scaled so that they sum to the number of classes that have examples; the others get weight 0.
     beta = 0 weighs all alike, beta -> 1 by the inverse of the count. Y. Cui et al., Class-Balanced
     Loss (https://arxiv.org/abs/1901.05555), equation 2. Raises InputError for a beta outside
     [0, 1), for a negative count and where no class has an example.
@@ -154,5 +154,5 @@ def _times_log(weight: jax.Array, log_p: jax.Array) -> jax.Array:
 def _power(base: jax.Array, exponent: float) -> jax.Array:
     """base ** exponent for a base >= 0, with a finite gradient at 0 also for exponents below 1."""
     positive = base > 0
-    at_zero = 1.0 if exponent == 0 else 0.0
+    at_zero = jnp.where(exponent == 0, 1.0, 0.0)  # the exponent may be traced, too
     return jnp.where(positive, jnp.where(positive, base, 1.0) ** exponent, at_zero)

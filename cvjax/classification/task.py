@@ -96,8 +96,9 @@ class Classification:
     def check(self, batch: Batch) -> None:
         """Raises InputError for a batch on the host without labels, or with one that is no class.
 
-        The latter where the model says how many there are, by a field `num_classes`. Also for a
-        `mean` or `std` that has another length than the images have channels.
+        The latter where the model says how many there are, by a field `num_classes`; then also for
+        probabilities outside [0, 1] (but for rounding). Also for a `mean` or `std` that has another
+        length than the images have channels.
         """
         if "label" not in batch:
             raise InputError(f"Classification needs a field label; there are: {', '.join(batch)}")
@@ -106,6 +107,10 @@ class Classification:
         classes = getattr(self.model, "num_classes", 0)
         if label.ndim == 1:
             check_labels(label, classes)
+        elif label.shape[1:] == (classes,):
+            wrong = label[~((label >= -1e-3) & (label <= 1 + 1e-3))]
+            if wrong.size:
+                raise InputError(f"label is {wrong[0]}; one for each class must be in [0, 1]")
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections; also the teacher's."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cvjax.checks import check_at_least
+from cvjax.errors import InputError
 from cvjax.train.task import Batch, Metrics, mean
 
 
@@ -18,6 +20,10 @@ class Pooled(nn.Module):
     """
 
     outputs: int
+
+    def __post_init__(self):
+        check_at_least(self, outputs=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -46,8 +52,16 @@ def measure(
     Returns:
       The loss, and as metrics loss, accuracy (of the yes and no of each class) and all_right (the
       share of the examples in which each of them is).
+
+    Raises:
+      InputError: the truth is of another shape.
     """
     valid = jnp.asarray(batch["valid"])
+    if jnp.shape(batch[field]) != logits.shape:
+        raise InputError(
+            f"{field} is {list(jnp.shape(batch[field]))}; for scores {list(logits.shape)} it must "
+            "be the same: a yes or no for each class"
+        )
     truth = jnp.where(valid[:, None], batch[field], 0).astype(jnp.float32)
     logits = jnp.where(valid[:, None], logits.astype(jnp.float32), 0.0)
     losses = optax.sigmoid_binary_cross_entropy(logits, truth).mean(axis=-1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from clu.metrics import Average
 
 from cvjax.checks import check_channels
-from cvjax.errors import InputError, nearest
+from cvjax.errors import InputError, naming_fields, nearest
 from cvjax.nn.features import ordered_features
 from cvjax.nn.train_pass import train_pass
 from cvjax.train.state import Params, PyTree, TrainState
@@ -76,7 +76,7 @@ class MultiTask:
       mean, std: the backbone sees (image - mean) / std: numbers, or one for each channel.
 
     Raises:
-      InputError: there are no heads, or no such weighting.
+      InputError: there are no heads, one is none, or there is no such weighting.
     """
 
     backbone: nn.Module
@@ -88,6 +88,9 @@ class MultiTask:
     def __post_init__(self):
         if not self.heads:
             raise InputError("MultiTask: heads is empty; there must be at least one")
+        for name, head in self.heads.items():
+            if not isinstance(head, Head):
+                raise InputError(f"MultiTask: heads.{name} is {head!r}; it must be a Head")
         if self.weighting not in WEIGHTINGS:
             raise InputError(
                 f"MultiTask: weighting is {self.weighting!r}{nearest(self.weighting, WEIGHTINGS)}"
@@ -104,8 +107,14 @@ class MultiTask:
         return (Objective("model", self.loss),)
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError for a `mean` or `std` of another length than images have channels."""
+        """Raises InputError for a batch that a criterion cannot take: a field is not there.
+
+        Also for a `mean` or `std` of another length than images have channels.
+        """
         check_channels(batch, mean=self.mean, std=self.std)
+        rng = jax.random.key(0)
+        # Of shapes alone, so that nothing is computed.
+        jax.eval_shape(lambda batch: self.evaluate(*self.init(rng, batch), batch, rng), batch)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"backbone": ..., "heads_<name>": ...}} and other collections.
@@ -168,14 +177,16 @@ class MultiTask:
         total, found = 0.0, {}
         count = jnp.sum(batch["valid"])
         for name, head in self.heads.items():
-            value, metrics = head.criterion(outputs[name], batch)
+            with naming_fields(f"heads.{name}", batch):
+                value, metrics = head.criterion(outputs[name], batch)
             found |= {f"{name}/{metric}": one for metric, one in metrics.items()}
             if self.weighting == "fixed":
                 total += head.weight * value
                 continue
             s = params["model"][LOG_VARIANCE][name]
-            # A batch of nothing teaches nothing, about the variances neither.
-            total += jnp.where(count > 0, jnp.exp(-s) * value + s / 2, 0.0)
+            # A batch without truth for this head teaches nothing, about its variance neither.
+            truths = metrics["loss"].count if "loss" in metrics else count
+            total += jnp.where(truths > 0, jnp.exp(-s) * value + s / 2, 0.0)
             found[f"{name}/weight"] = Average(total=jnp.exp(-s) * count, count=count)
         return total, {"loss": Average(total=total * count, count=count), **found}
 

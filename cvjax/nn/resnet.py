@@ -164,6 +164,14 @@ class ResNet(nn.Module):
                 f"ResNet: groups is {self.groups} and base_width {self.base_width}, but only "
                 "bottlenecks have them; set block='bottleneck'"
             )
+        # Else a convolution has no channels.
+        if not basic and self.width * self.base_width < 64:
+            raise InputError(
+                f"ResNet: width is {self.width} and base_width {self.base_width}; their product "
+                "must be at least 64"
+            )
+        if self.variant == "d" and self.stem == "imagenet":
+            check_at_least(self, width=2)
         super().__post_init__()
 
     @property

@@ -322,6 +322,8 @@ def _called(function: Any, arguments: Any) -> Any:
             return {}
         case ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
             storage, offset, shape, strides = arguments[:4]
+            if any(arguments[6:]):  # that its numbers are negative ones, or conjugate
+                raise _Refused("a tensor has more than its numbers; save a clone() of it")
             # Never shown: what is nested in itself a hundred times would be endless.
             numbers = (offset, *shape, *strides)
             if not isinstance(storage, _Storage) or len(shape) != len(strides):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.errors import InputError
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
@@ -285,8 +285,12 @@ def to_pixels(score: jax.Array, size: tuple[int, int], subpixel: int = 1) -> jax
 
 def _check(head: nn.Module, maps: Maps) -> None:
     """Raises InputError for a head that cannot be."""
-    fields = ("num_classes", "features", "subpixel", "maps")
+    fields = ("num_classes", "features", "subpixel", "maps", "outline_features")
     check_at_least(head, **{field: 1 for field in fields if hasattr(head, field)})
+    if getattr(head, "rates", ()):  # there may be none
+        check_at_least(head, rates=1)
+    if hasattr(head, "dropout"):
+        check_fractions(head, "dropout")
     if getattr(head, "maps", 1) > len(maps):
         raise InputError(
             f"{type(head).__name__}: maps is {head.maps}; the backbone has only {len(maps)}"

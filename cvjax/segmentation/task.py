@@ -47,7 +47,7 @@ class Segmentation:
 
     model: nn.Module
     losses: Mapping[str, Loss] = field(default_factory=lambda: {"cross_entropy": cross_entropy})
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] | None = None
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
 
@@ -59,7 +59,10 @@ class Segmentation:
                 raise InputError(
                     f"losses: {name!r} is the name of another metric; call it something else"
                 )
-        for name in self.weights:
+        for name, loss in self.losses.items():
+            if not callable(loss):
+                raise InputError(f"losses.{name} is {loss!r}; it must be a function")
+        for name in self.weights or {}:
             if name not in self.losses:
                 raise InputError(f"weights: no loss is named {name!r}{nearest(name, self.losses)}")
 

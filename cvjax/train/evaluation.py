@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from cvjax.data.loader import Loader
+from cvjax.errors import naming_fields
 from cvjax.train import sharding
 from cvjax.train.metrics import means, pairs
 from cvjax.train.state import TrainState
@@ -88,8 +89,9 @@ class Evaluation:
             )
             sums.append(pairs(metrics))
             outputs = jax.device_get(outputs)
-            for evaluator in evaluators.values():
-                evaluator.add(outputs, batch)
+            for name, evaluator in evaluators.items():
+                with naming_fields(f"evaluators.{name}", outputs, batch):
+                    evaluator.add(outputs, batch)
             if number == 0:
                 pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
         found = means(sums)

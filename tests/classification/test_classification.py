@@ -192,6 +192,11 @@ def test_labels_are_looked_at_before_training():
         with pytest.raises(InputError, match=f"label is {label}, .* num_classes is 4: .* 0..3"):
             task.check({**batch, "label": labels})
         task.check({**batch, "label": labels, "valid": labels != label})
+    with pytest.raises(InputError, match=r"label is 1\.5, but num_classes is 4"):
+        task.check({**batch, "label": np.array([0, 1.5, 1])})
+    for value in (2.0, -1.0, np.nan):
+        with pytest.raises(InputError, match=rf"label is {value}; one for each class must be in"):
+            task.check({**batch, "label": np.full((3, CLASSES), value)})
     with pytest.raises(InputError, match="needs a field label; there are: image, valid"):
         task.check({name: batch[name] for name in ("image", "valid")})
 

@@ -149,6 +149,8 @@ def test_mean_average_precision():
     found = batches(MeanAveragePrecision(), labels=targets).result()
     each = [average_precision_score(targets[:, i], LOGITS[:, i]) for i in (0, 1, 3)]
     assert found["map"] == pytest.approx(np.mean(each))
+    with pytest.raises(InputError, match=r"label is \[16\]; for logits \[16, 4\]"):
+        batches(MeanAveragePrecision(), labels=LABELS)
 
 
 @pytest.mark.parametrize("bins", [10, 15, 25, 29, 35])

@@ -141,6 +141,10 @@ def test_the_focal_loss_without_focus_is_the_cross_entropy():
 def test_the_focal_loss_of_a_sure_and_right_answer_has_a_finite_gradient(gamma):
     sure = [[200.0, -200.0]], [[1, 0]]
     assert np.isfinite(value_and_slope(losses.softmax_focal, *sure, gamma=gamma)[1]).all()
+    traced = jax.jit(losses.softmax_focal)(F32(LOGITS), F32(SOFT), gamma=gamma)
+    np.testing.assert_allclose(
+        traced, value_of(losses.softmax_focal, LOGITS, SOFT, gamma=gamma), rtol=1e-5
+    )
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():

@@ -133,6 +133,14 @@ def test_a_batch_of_nothing_teaches_nothing(name):
     jax.tree.map(np.testing.assert_array_equal, new_state, model_state)
 
 
+def test_a_head_without_truth_learns_nothing_about_its_variance():
+    batch = batch_of(4)
+    batch["mask"][:] = 255
+    (_, _), gradient = step_of("learned")(*initialized("learned"), batch)[0]
+    slopes = gradient["model"]["log_variance"]
+    assert slopes["pixels"] == 0 and slopes["present"] != 0
+
+
 def test_one_head_is_the_task_of_its_own():
     alone = Segmentation(Segmenter(Backbone(), PIXELS.module))
     several = MultiTask(Backbone(), {"pixels": PIXELS})
@@ -183,6 +191,12 @@ def test_what_cannot_be_trained():
         MultiTask(Backbone(), {})
     with pytest.raises(InputError, match=r"'uncertain' .did you mean uncertainty"):
         MultiTask(Backbone(), {"present": PRESENT}, "uncertain")
+    with pytest.raises(InputError, match=r"heads\.pixels is None; it must be a Head"):
+        MultiTask(Backbone(), {"present": PRESENT, "pixels": None})
+    with pytest.raises(InputError, match="outputs is 0"):
+        Pooled(0)
+    with pytest.raises(InputError, match=r"present is \[2, 3\]; for scores \[2, 2\]"):
+        measure(jnp.zeros((2, 2)), {"present": np.zeros((2, 3)), "valid": np.ones(2, bool)})
 
 
 def test_multilabel_of_rows_that_are_not_valid_may_be_anything():
@@ -194,3 +208,11 @@ def test_multilabel_of_rows_that_are_not_valid_may_be_anything():
     gradient = jax.jit(jax.grad(lambda logits: measure(logits, batch)[0]))(logits)
     np.testing.assert_array_equal(gradient[1], 0)
     np.testing.assert_allclose(gradient[0], [-0.5 / (1 + np.e), 0.5 / (1 + np.e**2)], rtol=1e-6)
+
+
+def test_a_field_that_is_not_there_is_named():
+    task = MultiTask(Backbone(), {"present": PRESENT})
+    batch = {"image": np.zeros((1, 8, 8, 3)), "valid": np.ones(1, bool), "presence": np.zeros(1)}
+    with pytest.raises(InputError, match=r"heads\.present needs a field 'present' .*presence\?"):
+        task.check(batch)
+    task.check({**batch, "present": np.zeros((1, 2))})

@@ -224,6 +224,8 @@ def test_evaluation_reads_the_running_average():
         (dict(block="wide"), "block is 'wide'"),
         (dict(stage_sizes=()), "stage_sizes is ()"),
         (dict(stage_sizes=(1, 0)), "stage_sizes[1] is 0"),
+        (dict(depth=50, width=4, base_width=8), "width is 4 and base_width 8; their product"),
+        (dict(variant="d", width=1), "width is 1; it must be at least 2"),
     ],
 )
 def test_impossible_fields_say_what_is_possible(fields, message):

@@ -203,6 +203,15 @@ def test_tensors_stay_inside_their_storage(tmp_path):
         read_weights(file)
 
 
+def test_numbers_that_are_meant_with_another_sign_are_refused(tmp_path):
+    """`torch.conj(x).imag` is saved as the numbers of x and a note, {"neg": True}."""
+    file = tmp_path / "weights.pth"
+    negative = tensor().replace(b"\x89NtR", b"\x89N}X\x03\x00\x00\x00neg\x88stR")
+    as_zip(file, negative, **{"data/0": bytes(16)})
+    with pytest.raises(InputError, match=r"refused: a tensor has more .* clone\(\)"):
+        read_weights(file)
+
+
 def nested(end):
     """A pickle with a tuple of itself, sixty times, as memo 60: written out it has no end."""
     steps = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))

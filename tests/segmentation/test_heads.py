@@ -231,7 +231,11 @@ def test_a_backbone_of_ones_own_is_read_in_the_order_of_its_strides():
         (heads.UNet(2, features=(4,)), "there must be 2, one for each map but the coarsest"),
         (heads.UNet(2, features=(4, 4), subpixel=0), "subpixel is 0"),
         (heads.DeepLabV3Plus(2, outline=3), "outline is 3; the maps are 0..2"),
+        (heads.DeepLabV3Plus(2, rates=(6, 0)), r"rates\[1\] is 0"),
+        (heads.DeepLabV3Plus(2, outline_features=0), "outline_features is 0"),
+        (heads.DeepLabV3Plus(2, dropout=1.5), "dropout is 1.5"),
         (heads.SegFormer(-1), "num_classes is -1"),
+        (heads.SegFormer(2, dropout=-0.1), "dropout is -0.1"),
     ],
 )
 def test_heads_that_cannot_be(head, message):

@@ -147,6 +147,17 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_the_batch_size():
     assert found[0]["index"] == found[1]["index"] == list(range(21))
 
 
+class NeedsMask(Count):
+    def add(self, outputs, batch):
+        return batch["mask"]
+
+
+def test_a_field_that_an_evaluator_misses_is_named():
+    state = fit(Regression(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1)).state
+    with pytest.raises(InputError, match=r"evaluators\.iou needs a field 'mask' .there are: .*x"):
+        evaluate(Regression(), state, Linear(8), batch_size=8, evaluators={"iou": NeedsMask()})
+
+
 class Fails(Count):
     def add(self, outputs, batch):
         raise InputError("no such class")
