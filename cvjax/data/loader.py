@@ -10,7 +10,6 @@ number: b.
 
 import atexit
 import dataclasses
-import inspect
 import math
 import pathlib
 import sys
@@ -73,7 +72,7 @@ class Loader:
             the first add their number to the file's name.
 
     Raises:
-        InputError: the source is empty, a transform lacks an argument, or a number makes no sense.
+        InputError: the source is empty, or a number makes no sense.
     """
 
     def __init__(
@@ -104,8 +103,6 @@ class Loader:
             check_count(1, epochs=epochs)
         check_choice(("drop", "pad"), last=last)
         check_between(0, process_count - 1, process_index=process_index)
-        for transform in transforms:
-            _check_transform(transform)
         if batch_size % process_count:
             raise InputError(
                 f"batch_size={batch_size} cannot be shared equally by {process_count} processes"
@@ -231,17 +228,6 @@ class _BatchMaker:
                     error.add_note(f"in {transform} of example {name}")
                     raise
         return name, example, bad
-
-
-def _check_transform(transform: Transform) -> None:
-    """Raises InputError for one that cannot be called with an example and a generator."""
-    try:
-        inspect.signature(transform).bind({}, None)
-    except TypeError as error:  # such as: missing a required argument: 'size'
-        name = getattr(getattr(transform, "func", transform), "__name__", transform)
-        raise InputError(f"transforms: {name} cannot be used: {error}") from None
-    except ValueError:  # What is written in C may not say what it takes.
-        return
 
 
 def _batches(examples: int, batch_size: int, last: str) -> int:

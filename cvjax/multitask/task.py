@@ -107,14 +107,8 @@ class MultiTask:
         return (Objective("model", self.loss),)
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError for a batch that a criterion cannot take: a field is not there.
-
-        Also for a `mean` or `std` of another length than images have channels.
-        """
+        """Raises InputError for a `mean` or `std` of another length than images have channels."""
         check_channels(batch, mean=self.mean, std=self.std)
-        rng = jax.random.key(0)
-        # Of shapes alone, so that nothing is computed.
-        jax.eval_shape(lambda batch: self.evaluate(*self.init(rng, batch), batch, rng), batch)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"backbone": ..., "heads_<name>": ...}} and other collections.

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from cvjax.data.loader import Loader
-from cvjax.data.transforms.geometry import center_crop
 from cvjax.errors import InputError
 from tests.data.stores import Counting, Failing, add_noise, image_of
 
@@ -163,7 +162,6 @@ def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_example():
         (Counting(9), {"last": "dorp"}, "it can be .drop. or .pad."),
         (Counting(9), {"epochs": 0}, "epochs is 0"),
         (Counting(9), {"retries": -1}, "retries is -1"),
-        (Counting(9), {"transforms": [center_crop]}, "center_crop cannot be used: .* 'size'"),
         (Counting(1), {"epochs": 1}, "batch_size=2 is more than all 1 examples"),
     ],
 )

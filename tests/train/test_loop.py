@@ -114,6 +114,37 @@ def test_held_out_data_that_the_task_cannot_take_is_refused_before_the_first_ste
     assert not (tmp_path / "run").exists()
 
 
+class Refuses(Regression):
+    """Has a mistake that only the traced `method` tells."""
+
+    method: ClassVar[str] = ""
+
+    def loss(self, *arguments):
+        return super().loss(*arguments) if self.method != "loss" else self.refuse()
+
+    def predict(self, *arguments):
+        return super().predict(*arguments) if self.method != "predict" else self.refuse()
+
+    def visualize(self, *arguments):
+        return super().visualize(*arguments) if self.method != "visualize" else self.refuse()
+
+    def refuse(self):
+        raise InputError(f"{self.method} refuses")
+
+
+@pytest.mark.parametrize("method", ["loss", "predict", "visualize"])
+def test_what_is_refused_when_it_is_traced_is_told_before_there_is_a_directory(
+    tmp_path, monkeypatch, method
+):
+    monkeypatch.setattr(Refuses, "method", method)
+    with pytest.raises(InputError, match=f"{method} refuses"):
+        fit(
+            Refuses(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),
+            eval_data=Linear(9), evaluators={"count": Count()}, workdir=tmp_path / "run",
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
 class Draws(Regression):
     """Predicts noise: a number for each example, by its place."""
 
@@ -377,7 +408,7 @@ def test_what_cannot_be_saved_fails_before_the_first_step(tmp_path):
     class Broken(Regression):
         def init(self, rng, batch):
             params, _ = super().init(rng, batch)
-            return params, {"nothing": jax.numpy.zeros((0,))}
+            return params, {"nothing": {"at_all": jax.numpy.zeros((0,))}}
 
     with pytest.raises(InputError, match="nothing"):
         fit(Broken(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),
