@@ -410,6 +410,10 @@ def test_what_cannot_be_saved_fails_before_the_first_step(tmp_path):
             params, _ = super().init(rng, batch)
             return params, {"nothing": {"at_all": jax.numpy.zeros((0,))}}
 
+        def loss(self, params, state, batch, rng):
+            value, (_, metrics) = super().loss(params, state, batch, rng)
+            return value, (state.model_state, metrics)
+
     with pytest.raises(InputError, match="nothing"):
         fit(Broken(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),
             workdir=tmp_path / "run")  # fmt: skip
