@@ -4,17 +4,14 @@ python main.py --config=configs/diffusion.py
 python main.py --mode=evaluate --workdir=runs/diffusion
 """
 
-import os
-import sys
+from cvjax import cpu
 
-is_plain = sys.platform == "linux" and sys.orig_argv[1:] == sys.argv  # not in a debugger
-if __name__ == "__main__" and is_plain and "GLIBC_TUNABLES" not in os.environ:
-    # Large pages of memory, to be asked for before Python begins (experiments/large_pages).
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+if __name__ == "__main__":
+    cpu.begin_again()  # before anything heavy is imported
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from cvjax import config as configs

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from cvjax.cpu import ENVIRONMENT  # noqa: E402
+
 # PyTorch's side may have an interpreter of its own: no one need have both, nor both for one Python.
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 TORCH_MODES = ("eager", "channels_last", "compile")
@@ -33,10 +37,10 @@ def serve(step: Callable[[], Any]) -> None:
 
 
 class Worker:
-    """A process that times steps when it is asked to."""
+    """A process that times steps when it is asked to; in the environment that `main.py` gives."""
 
     def __init__(self, script: Path, mode: str, *arguments: str):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**ENVIRONMENT, **os.environ, "PYTHONPATH": str(ROOT)}
         python = TORCH_PYTHON if mode in TORCH_MODES else sys.executable
         self.process = subprocess.Popen(
             [python, str(script), mode, *arguments], env=environment,
