@@ -64,7 +64,6 @@ class VAE:
         one, two = jax.random.split(rng)
         shape = batch["image"].shape
         encoder = self.encoder.init(one, batch["image"])["params"]
-        self.encode({"model": {"encoder": encoder}}, batch["image"])  # for its error
         z = jnp.zeros((shape[0], self.latents))
         outputs, decoder = self.decoder.init_with_output(two, z)
         expected = (*shape[:-1], self.likelihood.channels(shape[-1]))
@@ -256,7 +255,6 @@ class Autoencoder:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the other collections, such as the codebook."""
         shape = batch["image"].shape
-        self._seen(batch["image"], rng)  # for its error
         (found, _), variables = self.network.init_with_output(rng, batch["image"], batch["valid"])
         if found.shape != shape:
             raise InputError(

@@ -91,7 +91,6 @@ class GAN:
         """Returns {"generator", "discriminator"} and their statistics, by the same names."""
         one, two = jax.random.split(rng)
         image, label = self._clean(batch)
-        self._seen(image, rng)  # for its error
         z = jnp.zeros((len(image), self.latents))
         fake, generator = self.generator.init_with_output(one, z, label)
         if fake.shape != image.shape:
@@ -110,12 +109,8 @@ class GAN:
         return params, state
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless a batch on the host has images in [0, 1] and true classes.
-
-        Also for one that cannot be divided among `critic_steps`.
-        """
+        """Raises InputError unless a batch on the host has images in [0, 1] and true classes."""
         check_unit_images(batch)
-        self._check_size(batch)
         if self.num_classes and "label" not in batch:
             raise InputError(
                 f"num_classes is {self.num_classes}, but the data has no field label; it must be 0"
@@ -130,7 +125,11 @@ class GAN:
 
         The real part is a mean over the valid examples.
         """
-        self._check_size(batch)
+        if len(batch["valid"]) % self.critic_steps:
+            raise InputError(
+                f"a batch of {len(batch['valid'])} cannot be divided among critic_steps="
+                f"{self.critic_steps}; batch_size must be a multiple of it"
+            )
         batch = {name: batch[name][turn :: self.critic_steps] for name in KEYS if name in batch}
         image, label = self._clean(batch)
         fake_rng, change_rng, penalty_rng = jax.random.split(rng, 3)
@@ -261,13 +260,6 @@ class GAN:
         logit, of_classes = output
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(of_classes, label)
         return logit, self.auxiliary * cross_entropy
-
-    def _check_size(self, batch: Batch) -> None:
-        if len(batch["valid"]) % self.critic_steps:
-            raise InputError(
-                f"a batch of {len(batch['valid'])} cannot be divided among critic_steps="
-                f"{self.critic_steps}; batch_size must be a multiple of it"
-            )
 
     def _seen(self, image: jax.Array, rng: jax.Array) -> jax.Array:
         return image if self.augment is None else self.augment(image, rng)

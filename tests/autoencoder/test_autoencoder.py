@@ -1,6 +1,7 @@
 """Plain, denoising and vector-quantized autoencoders; corruptions; figures of reconstructions."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -163,8 +164,9 @@ def test_corruptions():
     with pytest.raises(InputError, match="std is -1"):
         add_noise(image, rng, std=-1.0)
     loud = Autoencoder(Encoder(3), Decoder(SHAPE), corrupt=partial(add_noise, std=-1.0))
-    with pytest.raises(InputError, match="std is -1"):  # before there is a work directory
-        jax.eval_shape(loud.init, jax.random.key(0), batch_of())
+    params, state = loud.init(rng, batch_of())
+    with pytest.raises(InputError, match="std is -1"):
+        loud.loss(params, SimpleNamespace(model_state=state), batch_of(), rng)
     for wrong in (dict(rate=1.5), dict(patch=0), dict(patch=2.5)):
         with pytest.raises(InputError, match="they must be in"):
             mask_patches(image, rng, **wrong)

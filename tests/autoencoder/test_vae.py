@@ -259,8 +259,9 @@ def test_what_cannot_be_is_said():
         with pytest.raises(InputError, match=f"{field} is -1; it must be"):
             dataclasses.replace(small(), **{field: -1})
     wrong = VAE(Encoder(5, (4,), 8), Decoder(SHAPE, (4,), 8), latents=2)
+    params, _ = jax.eval_shape(wrong.init, jax.random.key(0), batch_of())
     with pytest.raises(InputError, match="latents is 2, but the encoder has 5 outputs"):
-        jax.eval_shape(wrong.init, jax.random.key(0), batch_of())
+        jax.eval_shape(wrong.encode, params, np.zeros((1, *SHAPE), np.float32))
     for wrong, message in (
         (lambda: Encoder(0), "Encoder: outputs is 0"),
         (lambda: Encoder(4, (0,)), r"Encoder: widths\[0\] is 0"),
