@@ -15,6 +15,7 @@ from cvjax import draw
 from cvjax.autoencoder.task import images_of
 from cvjax.checks import check_at_least, check_unit_images
 from cvjax.errors import InputError
+from cvjax.nn.dense import Dense
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 from cvjax.nn.vit import Block, ViT
 from cvjax.train.state import Params, PyTree, TrainState
@@ -42,7 +43,7 @@ class PatchDecoder(nn.Module):
         """`order` int32 [b, n] has the numbers of the patches, the seen ones first."""
         count = order.shape[1]
         small = nn.initializers.normal(0.02)
-        x = nn.Dense(self.width, name="embedding")(seen)
+        x = Dense(self.width, name="embedding")(seen)
         hidden = jnp.broadcast_to(
             self.param("mask_token", small, (self.width,)),
             (len(x), count - x.shape[1], self.width),
@@ -52,7 +53,7 @@ class PatchDecoder(nn.Module):
         x = x + self.param("position", small, (count, self.width))
         for i in range(self.depth):
             x = Block(self.heads, name=f"block_{i}")(x, train)
-        return nn.Dense(self.outputs, name="output")(nn.LayerNorm(name="norm")(x))
+        return Dense(self.outputs, name="output")(nn.LayerNorm(name="norm")(x))
 
 
 @dataclass(frozen=True)

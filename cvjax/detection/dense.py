@@ -12,6 +12,7 @@ from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
+from cvjax.nn.group_norm import GroupNorm
 
 Detections = dict[str, jax.Array]
 PRIOR = 0.01  # of an object at a place, before anything is learned: Lin et al. 2017, section 3.3
@@ -43,9 +44,7 @@ class Tower(nn.Module):
                 name=f"conv{number + 1}",
             )(x)  # fmt: skip
             if self.groups:
-                x = nn.GroupNorm(
-                    self.groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{number + 1}"
-                )(x)
+                x = GroupNorm(self.groups, dtype=self.dtype, name=f"norm{number + 1}")(x)
             x = nn.relu(x)
         return x
 

@@ -24,6 +24,7 @@ from cvjax.detection.dense import Detections
 from cvjax.detection.hungarian import detr_cost, hungarian
 from cvjax.detection.losses import check_normalizer, giou_loss, normalized
 from cvjax.errors import InputError
+from cvjax.nn.dense import Dense
 from cvjax.nn.features import ordered_features
 
 TEMPERATURE = 10_000.0  # of the sines, as in https://arxiv.org/abs/1706.03762, section 3.5
@@ -69,7 +70,8 @@ class Projections(nn.Module):
         kernels = jnp.split(kernel.astype(self.dtype), 3, axis=1)
         biases = jnp.split(bias.astype(self.dtype), 3)
         return [
-            x.astype(self.dtype) @ k + b for x, k, b in zip(inputs, kernels, biases, strict=True)
+            (x.astype(self.dtype).reshape(-1, channels) @ k).reshape(x.shape) + b  # as in Dense
+            for x, k, b in zip(inputs, kernels, biases, strict=True)
         ]
 
 
@@ -197,7 +199,7 @@ class DETR(nn.Module):
         """
         *_, x = ordered_features(self.backbone, x, train=train, valid=valid)
         batch, height, width, _ = x.shape
-        x = nn.Dense(self.features, dtype=self.dtype, name="input")(x.astype(self.dtype))
+        x = Dense(self.features, dtype=self.dtype, name="input")(x.astype(self.dtype))
         memory = x.reshape(batch, height * width, self.features)
         memory_positions = sine_positions(height, width, self.features).astype(self.dtype)
 
@@ -219,10 +221,10 @@ class DETR(nn.Module):
             said.append(norm(x))
         # The last layers in float32: cheap, and boxes keep their precision.
         x = jnp.stack(said, axis=1).astype(jnp.float32)
-        logits = nn.Dense(self.num_classes + 1, name="logits")(x)
+        logits = Dense(self.num_classes + 1, name="logits")(x)
         for name in ("box1", "box2"):
-            x = nn.relu(nn.Dense(self.features, name=name)(x))
-        return {"logits": logits, "boxes": nn.sigmoid(nn.Dense(4, name="box3")(x))}
+            x = nn.relu(Dense(self.features, name=name)(x))
+        return {"logits": logits, "boxes": nn.sigmoid(Dense(4, name="box3")(x))}
 
     def losses(
         self, outputs: dict[str, jax.Array], truth: dict[str, jax.Array], size: tuple[int, int]
@@ -301,6 +303,6 @@ class DETR(nn.Module):
         return jax.vmap(of_image)(outputs["logits"][:, -1], outputs["boxes"][:, -1])
 
 
-def _dense(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+def _dense(features: int, dtype: DTypeLike, name: str) -> Dense:
     init = nn.initializers.xavier_uniform()
-    return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
+    return Dense(features, kernel_init=init, dtype=dtype, name=name)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices, check_fractions
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution, pad_to_multiple, patchify
+from cvjax.nn.dense import Dense
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (blocks, channels) of each stage.
@@ -46,7 +47,7 @@ class Block(nn.Module):
         """Applies the block."""
         channels = x.shape[-1]
         init = nn.initializers.truncated_normal(0.02)
-        dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype)
+        dense = partial(Dense, kernel_init=init, dtype=self.dtype)
         y = convolution(
             channels, 7, groups=channels, use_bias=True, kernel_init=init, dtype=self.dtype,
             name="depthwise_conv",

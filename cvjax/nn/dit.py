@@ -17,6 +17,7 @@ from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.convolution import patchify
+from cvjax.nn.dense import Dense
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 from cvjax.nn.space_to_depth import depth_to_space
 
@@ -69,8 +70,8 @@ class Block(nn.Module):
             attend = CrossAttention(self.heads, zero_init=True, dtype=self.dtype, name="words")
             x = x + attend(x, words)
         y = modulate(_norm(x, self.dtype), shift2, scale2)
-        y = nn.Dense(4 * channels, kernel_init=xavier, dtype=self.dtype, name="hidden")(y)
-        y = nn.Dense(channels, kernel_init=xavier, dtype=self.dtype, name="output")(nn.gelu(y))
+        y = Dense(4 * channels, kernel_init=xavier, dtype=self.dtype, name="hidden")(y)
+        y = Dense(channels, kernel_init=xavier, dtype=self.dtype, name="output")(nn.gelu(y))
         return x + gate2 * y
 
 
@@ -154,7 +155,7 @@ class DiT(nn.Module):
         shift, scale = jnp.split(last(condition)[:, None], 2, axis=-1)
         x = modulate(_norm(x, self.dtype), shift, scale)
         outputs = self.patch**2 * (self.out_channels or in_channels)
-        x = nn.Dense(outputs, kernel_init=zeros, dtype=self.dtype, name="head")(x)
+        x = Dense(outputs, kernel_init=zeros, dtype=self.dtype, name="head")(x)
         return depth_to_space(x.reshape(len(x), *grid, outputs), self.patch).astype(jnp.float32)
 
 

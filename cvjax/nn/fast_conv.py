@@ -103,9 +103,11 @@ def _gathered(
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]  # fmt: skip
-    patches = jnp.concatenate(shifts, axis=-1)
+    # As a matrix, so that the kernel's gradient is a product of matrices, too (`cvjax.nn.dense`).
     matrix = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(patches, matrix, **of_product)
+    patches = jnp.concatenate(shifts, axis=-1).reshape(-1, len(matrix))
+    products = jnp.matmul(patches, matrix, **of_product)
+    return products.reshape(len(x), rows, columns, kernel.shape[-1])
 
 
 def _output(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices, check_fractions
 from cvjax.errors import InputError
 from cvjax.nn.convolution import pad_to_multiple, patchify
+from cvjax.nn.dense import Dense
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (channels of the first stage, blocks of each stage, heads of each stage).
@@ -46,7 +47,7 @@ class WindowAttention(nn.Module):
         if channels % self.heads:
             raise InputError(f"Swin: {channels} channels do not divide into {self.heads} heads")
         init = nn.initializers.truncated_normal(0.02)
-        dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype)
+        dense = partial(Dense, kernel_init=init, dtype=self.dtype)
         table = self.param(
             "relative_position", init, ((2 * self.window - 1) ** 2, self.heads), jnp.float32
         )
@@ -133,7 +134,7 @@ class Block(nn.Module):
         channels = x.shape[-1]
         norm = partial(nn.LayerNorm, self.epsilon, dtype=self.dtype)
         init = nn.initializers.truncated_normal(0.02)
-        dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype)
+        dense = partial(Dense, kernel_init=init, dtype=self.dtype)
 
         def drop(y: jax.Array) -> jax.Array:
             return nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -224,7 +225,7 @@ class Swin(nn.Module):
         rates = iter(drop_rates(self.stochastic_depth, sum(all_blocks)))
         for stage, name in enumerate(self.strides):
             if stage > 0:
-                reduction = nn.Dense(
+                reduction = Dense(
                     width * 2**stage, use_bias=False, kernel_init=init, dtype=self.dtype
                 )
                 setattr(self, f"{name}_norm", norm())

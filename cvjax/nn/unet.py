@@ -16,7 +16,9 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
+from cvjax.nn.dense import Dense
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
+from cvjax.nn.group_norm import GroupNorm
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 
 GROUPS = 8  # of channels, each normalized together: at most so many
@@ -29,7 +31,7 @@ def _sum(x: jax.Array, y: jax.Array, rescale: bool) -> jax.Array:
 
 def _norm(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:
     groups = math.gcd(GROUPS, max(1, x.shape[-1] // GROUP_SIZE), x.shape[-1])
-    return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, name=name)(x)
+    return GroupNorm(groups, dtype=dtype, name=name)(x)
 
 
 class Block(nn.Module):
@@ -58,7 +60,7 @@ class Block(nn.Module):
         zeros = nn.initializers.zeros
         y = nn.Conv(self.features, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
+            x = Dense(self.features, dtype=self.dtype, name="shortcut")(x)
         return _sum(x, y, self.rescale)
 
 

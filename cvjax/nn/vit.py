@@ -21,6 +21,7 @@ from cvjax.errors import InputError
 from cvjax.nn.attention import SelfAttention
 from cvjax.nn.bicubic import resize_bicubic
 from cvjax.nn.convolution import pad_to_multiple, patchify
+from cvjax.nn.dense import Dense
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (channels, blocks, heads).
@@ -51,7 +52,7 @@ class Block(nn.Module):
         """Applies the block."""
         channels = x.shape[-1]
         norm = partial(nn.LayerNorm, self.epsilon, dtype=self.dtype)
-        dense = partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
+        dense = partial(Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
 
         def drop(y: jax.Array) -> jax.Array:
             return nn.Dropout(self.dropout)(y, deterministic=not train)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from cvjax.checks import check_at_least, check_fractions
 from cvjax.errors import InputError
+from cvjax.nn.dense import Dense
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
 
@@ -94,10 +95,10 @@ class FCN(nn.Module):
         _check(self, maps)
         coarsest, *finer = reversed(maps[-self.maps :])
         channels = self.subpixel**2 * self.num_classes
-        score = nn.Dense(channels, dtype=self.dtype, name="score0")(coarsest)
+        score = Dense(channels, dtype=self.dtype, name="score0")(coarsest)
         for number, x in enumerate(finer, start=1):
             score = resize(score, x.shape[1:3])
-            score += nn.Dense(channels, dtype=self.dtype, name=f"score{number}")(x)
+            score += Dense(channels, dtype=self.dtype, name=f"score{number}")(x)
         return to_pixels(score, size, self.subpixel)
 
 
@@ -241,7 +242,7 @@ class SegFormer(nn.Module):
         _check(self, maps)
         finest = maps[0].shape[1:3]
         equal = [
-            resize(nn.Dense(self.features, dtype=self.dtype, name=f"linear{i}")(x), finest)
+            resize(Dense(self.features, dtype=self.dtype, name=f"linear{i}")(x), finest)
             for i, x in enumerate(maps)
         ]
         x = jnp.concatenate(equal, axis=-1)
@@ -268,7 +269,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Maps [b, h, w, c] to float32 [b, *size, num_classes]."""
-        score = nn.Dense(self.subpixel**2 * self.num_classes, dtype=self.dtype, name="score")(x)
+        score = Dense(self.subpixel**2 * self.num_classes, dtype=self.dtype, name="score")(x)
         return to_pixels(score, size, self.subpixel)
 
 
