@@ -17,7 +17,7 @@ import numpy as np
 
 from cvjax.checks import check_choices, check_unit
 from cvjax.errors import InputError
-from cvjax.nn.pickled_arrays import read_arrays
+from cvjax.nn.pickles import read_arrays
 from cvjax.train.restore import load_params
 
 # The layers; channels in units of 64, as a reminder: the weights know them.

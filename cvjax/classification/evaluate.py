@@ -168,6 +168,9 @@ class MeanAveragePrecision:
             return {}
         scores, targets = np.concatenate(self._scores), np.concatenate(self._targets)
         present = np.flatnonzero(targets.any(0))
+        if np.isnan(scores).any():
+            return {"map": np.nan}
+        scores = np.nan_to_num(scores)  # scikit-learn wants finite ones
         each = [average_precision_score(targets[:, i], scores[:, i]) for i in present]
         return {"map": float(np.mean(each))} if each else {}
 

@@ -66,9 +66,14 @@ def sigmoid_cross_entropy(
 
 
 def sigmoid_focal(
-    logits: jax.Array, targets: jax.Array, *, gamma: float = 2.0, alpha: float | None = None
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    gamma: float = 2.0,
+    alpha: float | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> jax.Array:
-    """The focal loss of every class for itself, mean over classes, [b].
+    """The focal loss of every class for itself, times its weight, mean over classes, [b].
 
     `alpha` in [0, 1] weighs positive targets, 1 - alpha negative ones; None weighs neither
     (T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5).
@@ -78,7 +83,8 @@ def sigmoid_focal(
     negative = _times_log(1 - targets, jax.nn.log_sigmoid(-logits))
     wrong = targets * jax.nn.sigmoid(-logits) + (1 - targets) * jax.nn.sigmoid(logits)
     weight = 1.0 if alpha is None else alpha * targets + (1 - alpha) * (1 - targets)
-    return -jnp.mean(weight * _power(wrong, gamma) * (positive + negative), axis=-1)
+    losses = -weight * _power(wrong, gamma) * (positive + negative)
+    return jnp.mean(_weighted(losses, "class_weights", class_weights), axis=-1)
 
 
 def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[float, ...]:

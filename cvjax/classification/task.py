@@ -242,6 +242,8 @@ def _target(batch: Batch, classes: int) -> jax.Array:
             f"number for each image, or [{len(label)}, {classes}], a probability for each class"
         )
     if label.ndim == 1:
+        # In 8 bits the number of classes would be another one.
+        label = label.astype(jnp.promote_types(label.dtype, jnp.int32))
         is_class = (label >= 0) & (label < classes) & (label == jnp.floor(label))
         label = jnp.where(is_class[:, None], jax.nn.one_hot(label, classes), jnp.nan)
     return jnp.where(valid, label, 0.0)

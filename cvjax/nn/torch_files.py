@@ -1,17 +1,12 @@
 """Weights out of a file that torch wrote, without torch, and without executing anything of it.
 
-A `.pth` file holds a pickle, and a pickle is a program: an instruction to call any function with
-any arguments is part of the format, which `pickle.load` obeys. Here the program is interpreted
-instead. Dictionaries, lists, numbers and strings are built; a function that it names is never
-looked up: a name is a pair of strings, and of those that torch itself writes for tensors the
-meaning is coded below. So is that of what training scripts save beside them: an
-`argparse.Namespace` (whose attributes are left out), a `torch.device` (its name), a set (a list).
-A file that asks for anything else is refused.
+A `.pth` file holds a pickle, which is a program; it is interpreted as `cvjax.nn.pickles` says. Of
+the names that torch writes for tensors the meaning is coded below, and of a `torch.device`, which
+is its name. A file that asks for anything else is refused.
 """
 
 import io
 import math
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -22,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax.errors import InputError
+from cvjax.nn.pickles import DAMAGE, Name, Numbers, Refused, called, interpret, to_array
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
 # A tensor may show its numbers again and again, with strides of 0; a small file shall not become
@@ -39,20 +35,6 @@ DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-
-
-class Name(NamedTuple):
-    """A class or function that the file names; nothing but its name."""
-
-    module: str
-    name: str
-
-
-NAMESPACE = Name("argparse", "Namespace")
-
-
-class _Refused(Exception):
-    """The file asks for something that data does not need."""
 
 
 class _Storage(NamedTuple):
@@ -73,13 +55,6 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Mark:
-    """Where a sequence begins on the stack."""
-
-
-_MARK = _Mark()
-
-
 def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, with numpy arrays (that cannot be written to) for tensors.
 
@@ -91,12 +66,9 @@ def read_torch(path: Path) -> Any:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
         return _read_zip(path) if is_zip else _read_legacy(path)
-    except _Refused as error:
+    except Refused as error:
         raise InputError(f"{path} is refused: {error}") from None
-    except (
-        ValueError, TypeError, IndexError, KeyError, AttributeError, EOFError, OverflowError,
-        RuntimeError, struct.error, zipfile.BadZipFile,  # the first of these if it is encrypted
-    ) as error:  # fmt: skip
+    except (*DAMAGE, struct.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a whole file of weights of torch: {error}") from error
 
 
@@ -112,23 +84,25 @@ def _read_zip(path: Path) -> Any:
         folder = roots[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("it is not little-endian")
-        root = _interpret(io.BytesIO(archive.read(roots[0])))
+        root = _interpreted(io.BytesIO(archive.read(roots[0])))
         return _fill(root, lambda key: archive.read(f"{folder}data/{key}"))
 
 
 def _read_legacy(path: Path) -> Any:
     file = io.BytesIO(path.read_bytes())
-    if _interpret(file) != LEGACY_MAGIC:
+    if _interpreted(file) != LEGACY_MAGIC:
         raise ValueError("it does not begin as one")
-    _interpret(file)  # the version, always 1001
-    if not _interpret(file).get("little_endian", True):
+    _interpreted(file)  # the version, always 1001
+    if not _interpreted(file).get("little_endian", True):
         raise ValueError("it is not little-endian")
-    root = _interpret(file)
-    keys = _interpret(file)
+    root = _interpreted(file)
+    keys = _interpreted(file)
     sizes = {storage.key: storage.dtype.itemsize for storage in _storages(root)}
     raw = {}
     for key in keys:  # each is the number of elements and the elements
         count = int.from_bytes(_exactly(file, 8), "little")
+        if not isinstance(key, str):  # to look for another could be endless
+            raise TypeError("numbers without a name")
         raw[key] = _exactly(file, count * sizes[key])
     return _fill(root, raw.__getitem__)
 
@@ -189,6 +163,8 @@ def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
     def filled(value: Any, depth: int) -> Any:
         if isinstance(value, _Tensor):
             return array(value)
+        if isinstance(value, Numbers):
+            return to_array(value)
         if isinstance(value, dict) and depth:
             return {key: filled(entry, depth - 1) for key, entry in value.items()}
         return value
@@ -196,134 +172,17 @@ def _fill(root: Any, read: Callable[[str], bytes]) -> Any:
     return filled(root, 2)
 
 
-def _interpret(file: io.BytesIO) -> Any:
-    """Runs the pickle at the file's position, up to its end, as far as it is data."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        values = []
-        while (value := stack.pop()) is not _MARK:
-            values.append(value)
-        return values[::-1]
-
-    for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                stack.append(_MARK)
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                since_mark()
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE":
-                stack.append(True)
-            case "NEWFALSE":
-                stack.append(False)
-            case (
-                "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "FLOAT" | "BINFLOAT"
-                | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
-                | "STRING" | "BINSTRING" | "SHORT_BINSTRING"
-            ):  # fmt: skip
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE" | "LIST" | "FROZENSET":
-                values = since_mark()
-                stack.append(tuple(values) if opcode.name == "TUPLE" else values)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                if len(stack) < count:
-                    raise IndexError("the pickle takes more than it made")
-                stack[-count:] = [tuple(stack[-count:])]
-            case "DICT":
-                values = since_mark()
-                stack.append({})
-                _set(stack[-1], values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _set(stack[-1], [key, value])
-            case "SETITEMS":
-                values = since_mark()
-                _set(stack[-1], values)
-            case "APPEND":
-                value = stack.pop()
-                _extend(stack[-1], [value])
-            case "APPENDS" | "ADDITEMS":
-                values = since_mark()
-                _extend(stack[-1], values)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(Name(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(Name(str(module), str(name)))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_called(function, arguments))
-            case "NEWOBJ" if stack[-2:] == [NAMESPACE, ()]:
-                stack[-2:] = [{}]
-            case "BUILD":  # attributes (`_metadata` of a dictionary, options), which nobody needs
-                stack.pop()
-                if not isinstance(stack[-1], dict):
-                    raise _Refused(f"it sets the state of {_shown(stack[-1])}")
-            case other:
-                named = [value for value in stack if isinstance(value, Name)]
-                what = f" {'.'.join(named[-1])}" if named else ""
-                raise _Refused(f"it makes an object{what} ({other}), which a dictionary of weights "
-                               "does not need; save the state_dict()")  # fmt: skip
-    raise EOFError("the pickle has no end")
+def _interpreted(file: io.BytesIO) -> Any:
+    return interpret(file, _called, _storage)
 
 
-def _set(target: Any, values: list[Any]) -> None:
-    if not isinstance(target, dict) or len(values) % 2:
-        raise TypeError("items are set in what is no dictionary")
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        # Keys of other types are hashed, which a file could make endless.
-        if not isinstance(key, str | int | float | None):
-            raise _Refused(f"it has a key {_shown(key)}")
-        target[key] = value
-
-
-def _extend(target: Any, values: list[Any]) -> None:
-    if not isinstance(target, list):
-        raise TypeError("items are added to what is no list")
-    target += values
-
-
-def _shown(value: Any) -> str:
-    return ".".join(value) if isinstance(value, Name) else f"of type {type(value).__name__}"
-
-
-def _called(function: Any, arguments: Any) -> Any:
+def _called(function: Name, arguments: tuple) -> Any:
     """What one of the few known functions would return."""
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise _Refused(f"it calls something {_shown(function)}")
     match function:
-        case ("collections", "OrderedDict"):
-            if arguments and arguments != ([],):
-                raise _Refused("it makes an OrderedDict of something")
-            return {}
         case ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
             storage, offset, shape, strides = arguments[:4]
             if any(arguments[6:]):  # that its numbers are negative ones, or conjugate
-                raise _Refused("a tensor has more than its numbers; save a clone() of it")
+                raise Refused("a tensor has more than its numbers; save a clone() of it")
             # Never shown: what is nested in itself a hundred times would be endless.
             numbers = (offset, *shape, *strides)
             if not isinstance(storage, _Storage) or len(shape) != len(strides):
@@ -343,13 +202,7 @@ def _called(function: Any, arguments: Any) -> Any:
             if any(type(part) not in (str, int) for part in arguments):
                 raise TypeError("a device without a name")
             return ":".join(map(str, arguments))
-        case ("__builtin__" | "builtins", "set" | "frozenset"):
-            # Not a set: to hash its members could be endless.
-            (members,) = arguments or ([],)
-            if not isinstance(members, list):
-                raise TypeError("a set of what is no list")
-            return members
-    raise _Refused(f"it calls {'.'.join(function)}, which a dictionary of weights does not need")
+    return called(function, arguments)
 
 
 def _storage(description: Any) -> _Storage:
@@ -359,7 +212,7 @@ def _storage(description: Any) -> _Storage:
         raise ValueError("a reference to something other than numbers")
     dtype = DTYPES.get(storage_type.name)
     if dtype is None or storage_type.module not in ("torch", "torch.storage"):
-        raise _Refused(f"its numbers are of type {'.'.join(storage_type)}")
+        raise Refused(f"its numbers are of type {'.'.join(storage_type)}")
     if not isinstance(key, str) or type(length) is not int or length < 0:
         raise ValueError("a reference without a name or a length")
     if view and view[0] is not None:

@@ -158,5 +158,6 @@ def _mean_of(losses: jax.Array, present: jax.Array) -> jax.Array:
 
 
 def _checked(value: jax.Array, logits: jax.Array, mask: jax.Array, ignore: int) -> jax.Array:
-    wrong = counted(mask, ignore) & ((mask < 0) | (mask >= logits.shape[-1]))
+    label = mask.astype(jnp.int32)  # in 8 bits the number of classes would be another one
+    wrong = counted(mask, ignore) & ((label < 0) | (label >= logits.shape[-1]))
     return jnp.where(jnp.any(wrong), jnp.nan, value)

@@ -12,7 +12,7 @@ import pytest
 
 from cvjax.build import build
 from cvjax.classification import losses, views
-from cvjax.classification.task import Classification
+from cvjax.classification.task import Classification, _target
 from cvjax.data.transforms import mixing
 from cvjax.errors import InputError
 from cvjax.nn.resnet import ResNet
@@ -177,6 +177,11 @@ def test_a_label_that_is_no_class_is_not_passed_over():
     for label in (-1, CLASSES):
         batch["label"][0] = label
         assert np.isnan(take_step(task, params, model_state, batch)[0][0])
+
+
+def test_labels_of_eight_bits_name_256_classes():
+    batch = {"label": jnp.array([0, 7, 255], jnp.uint8), "valid": jnp.ones(3, bool)}
+    np.testing.assert_array_equal(_target(batch, 256).argmax(1), [0, 7, 255])
 
 
 def test_labels_are_looked_at_before_training():

@@ -149,6 +149,11 @@ def test_mean_average_precision():
     found = batches(MeanAveragePrecision(), labels=targets).result()
     each = [average_precision_score(targets[:, i], LOGITS[:, i]) for i in (0, 1, 3)]
     assert found["map"] == pytest.approx(np.mean(each))
+    for score, expected in ((-np.inf, 1.0), (np.nan, np.nan)):  # the one of a class ruled out
+        evaluator = MeanAveragePrecision()
+        logits = np.array([[score, 1.0], [2.0, score]])
+        evaluator.add({"logits": logits}, {"label": np.eye(2)[::-1], "valid": np.ones(2, bool)})
+        np.testing.assert_equal(evaluator.result()["map"], expected)
     with pytest.raises(InputError, match=r"label is \[16\]; for logits \[16, 4\]"):
         batches(MeanAveragePrecision(), labels=LABELS)
 

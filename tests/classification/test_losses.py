@@ -59,6 +59,11 @@ CASES = {
     "sigmoid focal": (
         losses.sigmoid_focal, {"gamma": 2.0, "alpha": 0.25}, MULTI,
         lambda z, y: focal(z, y, 2.0, 0.25)),
+    "sigmoid focal weighted": (
+        losses.sigmoid_focal, {"gamma": 2.0, "class_weights": WEIGHTS}, MULTI,
+        lambda z, y: np.mean([
+            w * focal(z[:, i : i + 1], y[:, i : i + 1], 2.0, None) for i, w in enumerate(WEIGHTS)
+        ], 0)),
     "sigmoid focal plain": (
         losses.sigmoid_focal, {"gamma": 1.0}, MULTI, lambda z, y: focal(z, y, 1.0, None)),
     "distillation": (
@@ -217,7 +222,12 @@ def test_a_config_names_the_class_balanced_loss():
     counts, name = (1, 10, 100, 3), "classification.losses."
     config = {"type": f"{name}class_balanced", "counts": list(counts), "beta": 0.9}
     weights = losses.class_balanced_weights(counts, 0.9)
-    for other in ("softmax_cross_entropy", "softmax_focal", "sigmoid_cross_entropy"):
+    for other in (
+        "softmax_cross_entropy",
+        "softmax_focal",
+        "sigmoid_cross_entropy",
+        "sigmoid_focal",
+    ):
         loss = build(config | {"loss_function": {"type": name + other}})
         expected = value_of(getattr(losses, other), LOGITS, SOFT, class_weights=weights)
         np.testing.assert_array_equal(value_of(loss, LOGITS, SOFT), expected)

@@ -145,7 +145,7 @@ INNOCENT_LOOKS = {
     "extension": b"\x80\x02\x82\x01.",
     "build": b"\x80\x02]}b.",
     "persistent": b"Pname\n.",
-    "numpy": pickle.dumps({"a": np.arange(3)}),
+    "numpy": pickle.dumps({"a": np.array(["text"])}, 2),
     "load_from_bytes": b"ctorch.storage\n_load_from_bytes\n(S'x'\ntR.",
     "key": b"\x80\x02}((K\x01tK\x02s.",
     "module": b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81}b.",
@@ -225,6 +225,8 @@ ENDLESS = {
     ),
     "reference": nested(b"(h\x3c" + NUMBERS[NUMBERS.index(b"ctorch") :] + b"K\x06tQ."),
     "set": nested(b"cbuiltins\nset\nh\x3c\x85R."),
+    "name": nested(b"h\x3ch\x3c\x93."),
+    "dtype": nested(b"}X\x01\x00\x00\x00acnumpy\ndtype\nh\x3c\x85Rs."),
     "namespace": nested(b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00ah\x3csb."),
     "length": nested(NUMBERS + b"h\x3ctQ."),
     "key": nested(b"}h\x3cK\x01s."),
@@ -241,6 +243,27 @@ def test_what_would_take_for_ever_is_refused_at_once(name, tmp_path):
     with pytest.raises(InputError, match=rf"weights\.pth ({refused})") as error:
         read_weights(tmp_path / "weights.pth")
     assert time.process_time() - began < 10 and len(str(error.value)) < 1000
+
+
+def test_the_older_format_has_names_for_its_numbers(tmp_path):
+    """Nested names would take for ever to be looked up."""
+    start = b"".join(pickle.dumps(v, 2) for v in (LEGACY_MAGIC, 1001, {}, {}))
+    (tmp_path / "weights.pth").write_bytes(start + nested(b"h\x3c.") + bytes(8))
+    with pytest.raises(InputError, match="numbers without a name"):
+        read_weights(tmp_path / "weights.pth")
+
+
+def test_numbers_of_numpy_beside_the_weights(tmp_path):
+    saved = {"best": np.float64(0.9), "history": [np.float32(1), np.int64(2)], "mean": np.ones(3)}
+    items = pickle.dumps(saved, 2)[2:-1]
+    file = tmp_path / "weights.pth"
+    keys = [b"X\x05\x00\x00\x00%s" % name for name in (b"model", b"state")]
+    as_zip(file, b"\x80\x02}(" + keys[0] + tensor()[2:-1] + keys[1] + items + b"u.",
+           **{"data/0": bytes(16)})  # fmt: skip
+    state = read_torch(file)["state"]
+    assert state["best"] == 0.9 and state["history"] == [1, 2]
+    np.testing.assert_array_equal(state["mean"], np.ones(3))
+    assert read_weights(file).keys() == {"w"}
 
 
 def test_a_small_file_does_not_become_a_large_array(tmp_path):

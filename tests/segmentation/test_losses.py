@@ -187,6 +187,11 @@ def test_a_label_that_is_no_class_is_not_passed_over(name):
         assert np.isnan(jitted(name)(np.float32(logits), wrong)[0])
 
 
+def test_masks_of_eight_bits_name_more_than_256_classes():
+    mask = jnp.array([3, 250], jnp.uint8)
+    assert cross_entropy(jnp.zeros((2, 300)), mask) == pytest.approx(np.log(300))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_half_precision_is_computed_in_float32(name):
     logits, mask = CASES["all classes"]

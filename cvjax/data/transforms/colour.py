@@ -3,7 +3,7 @@
 An image is uint8 [h, w, c]; with 3 channels they are red, green and blue, and with any other number
 of them hue and saturation are left alone. A factor of 1 changes nothing. The definitions are those
 of torchvision, which cuts fractions off where this rounds: no value is further than 1 from it, nor
-that of a contrast or a saturation, where it cuts twice, further than 1 + |factor - 1|.
+that of a contrast or a saturation, where it cuts twice, further than 1.5 + |factor - 1|.
 """
 
 import cv2
