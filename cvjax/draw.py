@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from cvjax.checks import check_unit
+from cvjax.checks import check_count, check_unit
 
 Series = tuple[ArrayLike, ArrayLike]
 
@@ -40,8 +40,10 @@ def grid(images: ArrayLike, columns: int = 10, padding: int = 1) -> jax.Array | 
     traced array and only the shape is checked, else it is a NumPy array.
 
     Raises:
-      ValueError: images of another shape, or with values outside [0, 1].
+      ValueError: images of another shape, or with values outside [0, 1], or no columns.
     """
+    check_count(1, columns=columns)
+    check_count(0, padding=padding)
     if not isinstance(images, jax.core.Tracer):
         images = np.asarray(images)
         check_unit(images)

@@ -257,6 +257,9 @@ def _predict(task, state, data, batch_size: int, loader, seed: int, workdir: Pat
         place = places(batch, number)
         placed = put_whole_batch({**batch, **place}, mesh)
         outputs = jax.device_get(predict(state.averaged_params, state.model_state, placed, rng))
+        for name, value in outputs.items():
+            if value.dtype.kind == "V":  # NumPy files have no bfloat16
+                outputs[name] = value.astype(np.float32)
         rows.append({k: v[batch["valid"]] for k, v in {**place, **outputs}.items()})
     if jax.process_index() != 0:
         return 0

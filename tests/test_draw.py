@@ -51,6 +51,11 @@ def test_grid_and_save_png_refuse_what_is_no_image(images, message, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_grid_has_columns():
+    with pytest.raises(ValueError, match="columns is 0; it must be"):
+        draw.grid(np.zeros((2, 4, 4, 1), np.float32), columns=0)
+
+
 def test_grid_checks_shapes_inside_jit():
     with pytest.raises(ValueError, match="must be"):
         jax.jit(draw.grid)(np.zeros((2, 4, 4), np.float32))

@@ -9,14 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
 import main
 from cvjax import config as configs
+from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError, from_callbacks
-from cvjax.run import check_class_names, load_run
+from cvjax.run import _predict, check_class_names, load_run
 from cvjax.train.checkpoint_files import newest, read_arrays
 from cvjax.train.writers import read_json_lines
 from tests.children import environment
@@ -322,6 +324,15 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
         load_run(tmp_path / "run", [("task.guidence", "3")])
     with pytest.raises(InputError, match="there is no run to load"):
         load_run(tmp_path)
+
+
+def test_predictions_in_half_precision_can_be_read(tmp_path):
+    state = SimpleNamespace(averaged_params={}, model_state={})
+    half = lambda batch: {"latent": batch["image"][:, 0, 0].astype(jnp.bfloat16)}  # noqa: E731
+    task = SimpleNamespace(predict=lambda params, model_state, batch, rng: half(batch))
+    data = Arrays({"image": np.full((3, 2, 2, 1), 255, np.uint8)})
+    assert _predict(task, state, data, 8, None, 0, tmp_path) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "predictions.npz")["latent"], np.ones((3, 1)))
 
 
 STAGES = str(ROOT / "tests/recipe_stages.py")

@@ -1,5 +1,7 @@
 """Editing with a trained denoiser: filling holes, encoding images as noise, mixing their noises."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -114,12 +116,14 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     taken where there is no angle, for one of them is zero. Between a and -a there is no one way:
     the result is not finite, or as short as rounding makes it.
     """
-    axes = tuple(range(1, a.ndim))
-    norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))  # noqa: E731
-    lengths = norm(a) * norm(b)
-    cosine = jnp.sum(a * b, axis=axes, keepdims=True) / jnp.where(lengths > 0, lengths, 1.0)
-    cosine = jnp.where(lengths > 0, cosine, 1.0)
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    dot = lambda x, y: jnp.sum(x * y, axis=range(1, a.ndim), keepdims=True)  # noqa: E731
+    has_angle = (dot(a, a) > 0) & (dot(b, b) > 0)
+    norms = (jnp.sqrt(jnp.where(has_angle, dot(x, x), 1.0)) for x in (a, b))
+    cosine = dot(a, b) / math.prod(norms)
+    # At an angle of 0 the slope of arccos is infinite, that of the result is that of a line.
+    has_angle = has_angle & (cosine < 1)
+    angle = jnp.arccos(jnp.where(has_angle, jnp.maximum(cosine, -1.0), 0.0))
+    angle = jnp.where(has_angle, angle, 0.0)
     weight = like(jnp.broadcast_to(jnp.asarray(weight, a.dtype), (len(a),)), a)
     # sinc keeps its precision where the angle is 0 and both weights are those of a straight line.
     part = lambda w: w * jnp.sinc(w * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)  # noqa: E731

@@ -324,8 +324,14 @@ def split(
 ) -> tuple[jax.Array, jax.Array]:
     """(x_0, eps) of which x is x_t and `value` is the quantity `name`: the inverse of `combine`.
 
-    It solves the 2 x 2 system  alpha x_0 + sigma eps = x,  a x_0 + b eps = value.
+    It solves the 2 x 2 system  alpha x_0 + sigma eps = x,  a x_0 + b eps = value. Raises InputError
+    unless x and value have one shape.
     """
+    if value.shape != x.shape:  # they would be broadcast
+        raise InputError(
+            f"the prediction of {name} is {list(value.shape)}, but x is {list(x.shape)}; they must "
+            "be equal: of a network with learned variances take the first half of its channels"
+        )
     alpha, sigma = like(process.alpha(t), x), like(process.sigma(t), x)
     a, b = (like(factor, x) for factor in PARAMETERIZATIONS[name](process, t))
     determinant = alpha * b - sigma * a

@@ -120,7 +120,7 @@ class Extractor:
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         # Both read the same maps, which XLA computes once.
         *_, last = self.model.apply(variables, x, method="features").values()
-        logits = self.model.apply(variables, x)
+        logits = self.model.apply(variables, x).astype(jnp.float32)  # NumPy files have no bfloat16
         return jnp.mean(last, axis=(1, 2), dtype=jnp.float32), jax.nn.softmax(logits)
 
     def fingerprint(self) -> str:

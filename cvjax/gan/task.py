@@ -39,7 +39,8 @@ class GAN:
         own, every `critic_steps`-th of the batch.
       auxiliary: the weight of the cross-entropy of an auxiliary head, which both players pay
         (A. Odena et al., https://arxiv.org/abs/1610.09585).
-      gradient_penalty: the weight of (|grad D| - 1)^2 between real and generated images.
+      gradient_penalty: the weight of (|grad D| - 1)^2 between real and generated images, which D
+        is shown with the class of the real one.
       r1: gamma; gamma / 2 |grad D|^2 at real images is added.
       augment: `(image, rng) -> image`, what the discriminator sees; such as
         `cvjax.gan.augment.diff_augment`.

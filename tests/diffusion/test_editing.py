@@ -122,6 +122,11 @@ def test_slerp():
     # Nothing has no direction.
     np.testing.assert_array_equal(slerp(a, 0 * a, 0.0), a)
     np.testing.assert_allclose(slerp(0 * a, a, 0.25), 0.25 * a, atol=1e-6)
+    # Without an angle the slope is that of a straight line.
+    for b in (a, 2 * a, 0 * a):
+        slopes = jax.grad(lambda a, b: jnp.sum(slerp(a, b, 0.25)), (0, 1))(a, b)
+        for slope, expected in zip(slopes, (0.75, 0.25), strict=True):
+            np.testing.assert_allclose(slope, expected, atol=1e-2)
     # A quarter of a right angle, on the circle.
     x, y = np.float32([[1.0, 0.0]]), np.float32([[0.0, 1.0]])
     angle = np.pi / 8

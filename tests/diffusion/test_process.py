@@ -273,3 +273,9 @@ def test_misspellings_are_one_line():
         FlowMatching(prediction="epsilon")
     with pytest.raises(InputError, match="'cosin'.*'cosine' or 'linear'"):
         VariancePreserving("cosin")
+
+
+def test_a_prediction_of_other_channels_is_not_broadcast():
+    x, t = draw(2, 4, 4, 1), np.zeros(2, np.float32)
+    with pytest.raises(InputError, match=r"eps is \[2, 4, 4, 2\], but x is \[2, 4, 4, 1\]"):
+        split(FlowMatching(), "eps", draw(2, 4, 4, 2), x, t)

@@ -308,6 +308,14 @@ def test_a_pole_of_the_drift_does_not_fit_equal_steps(process):
         draw(euler_maruyama, process, 50, 4)
 
 
+def test_steps_that_are_too_few_for_euler_maruyama_leave_the_noise_that_it_says():
+    process, keys = VarianceExploding(prediction="x0"), example_keys(jax.random.key(0), 1000)
+    black = jax.jit(lambda keys: euler_maruyama(lambda x, t: 0 * x, process, keys, (2,), 11))
+    np.testing.assert_allclose(jnp.std(black(keys)), 0.273, rtol=0.1)
+    with pytest.raises(InputError, match="its 10 steps leave noise of the standard deviation 3.58"):
+        draw(euler_maruyama, process, 10, 4)
+
+
 @pytest.mark.parametrize(
     "sampler, message",
     [

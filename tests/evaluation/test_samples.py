@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 from PIL import Image
 
 from cvjax.build import build
@@ -25,10 +26,11 @@ class Tiny(nn.Module):
     """A convolution whose mean output is both the features and, times a matrix, the logits."""
 
     channels: int = 3
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
-        self.conv = nn.Conv(self.channels, (3, 3))
-        self.head = nn.Dense(2)
+        self.conv = nn.Conv(self.channels, (3, 3), dtype=self.dtype)
+        self.head = nn.Dense(2, dtype=self.dtype)
 
     def features(self, x, *, train=False):
         return {"early": x, "late": nn.relu(self.conv(x))}
@@ -112,6 +114,15 @@ def test_real_features_are_kept_until_something_changes(extractor, tmp_path, mon
     assert calls == [20] * 4 and not list(tmp_path.glob("*.part"))
     real_features(extractor, source(20), None)
     assert calls == [20] * 5
+
+
+def test_features_in_half_precision_are_kept_too(tmp_path):
+    make = functools.partial(seeded, seed=0)
+    half = Extractor("toy", Tiny(dtype=jnp.bfloat16), make, (SIDE, SIDE, 1))
+    first, again = (real_features(half, source(20), tmp_path) for _ in range(2))
+    for one, other in zip(first[1:3], again[1:3], strict=True):
+        assert one.dtype == other.dtype == np.float32
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_write_that_fails_leaves_no_half_file(extractor, tmp_path, monkeypatch):

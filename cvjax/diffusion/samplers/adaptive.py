@@ -25,7 +25,8 @@ def adaptive(
     """The method of Dormand and Prince, order 5: steps as long as the tolerances allow.
 
     Y. Song et al., https://arxiv.org/abs/2011.13456, section 4.3. Each image has steps of its own,
-    so that it does not depend on its neighbours; a batch takes as many as its slowest image.
+    so that it does not depend on its neighbours; a batch takes as many as its slowest image. It has
+    no derivative: where one is wanted, take `heun`.
 
     Args:
       steps: the most that it may take.

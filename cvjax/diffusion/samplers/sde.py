@@ -5,6 +5,8 @@ what the forward process loses in a step to be small; a process whose drift has 
 where nothing of the data is left (flow matching, cosine), needs a grid that is fine there.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,8 @@ def euler_maruyama(
     """The Euler-Maruyama method: order 1 in distribution. The last step adds no noise.
 
     Raises:
-      InputError: the factor of x_0 changes more than twofold in a step.
+      InputError: the factor of x_0 changes more than twofold in a step, or several steps are too
+        few for the noise to go: the variance-exploding process needs a dozen.
     """
     grid = time_steps(times, process, steps)
     _check_fits(process, grid)
@@ -99,7 +102,7 @@ def _score(denoise: Denoise, process: Process, x: jax.Array, t: jax.Array) -> ja
 
 
 def _check_fits(process: Process, grid: np.ndarray) -> None:
-    """The method takes exp(y) to be 1 + y for y = log(alpha_s / alpha_t)."""
+    """The method takes exp(y) to be 1 + y for y = log(alpha_s / alpha_t), and so for the noise."""
     alpha = at_times(process.alpha, grid)
     factors = alpha[1:] / alpha[:-1]
     worst = int(np.argmax(factors))
@@ -109,4 +112,21 @@ def _check_fits(process: Process, grid: np.ndarray) -> None:
             f"{factors[worst]:.3g}-fold in the step from t = {grid[worst]:.4g} to "
             f"{grid[worst + 1]:.4g}, and 2 is the most; take times=grids.log_snr, more steps than "
             f"{len(grid) - 1}, or a process such as VariancePreserving('linear')"
+        )
+    # Where x_0 is 0 every step is linear in x: how much noise the exact denoiser leaves.
+    f, g, sigma = (
+        at_times(function, grid)
+        for function in (partial(drift, process), partial(diffusion, process), process.sigma)
+    )
+    length = -np.diff(grid)
+    left = float(sigma[0]) ** 2
+    for i, h in enumerate(length):
+        left *= (1 - h * (f[i] + (g[i] / sigma[i]) ** 2)) ** 2
+        left += h * g[i] ** 2 if i < len(length) - 1 else 0
+    # One step shows nothing; images in [-1, 1] have a standard deviation of about a half.
+    if len(length) > 1 and left > 0.5**2:
+        raise InputError(
+            f"euler_maruyama does not fit {type(process).__name__} at these times: its "
+            f"{len(length)} steps leave noise of the standard deviation {left**0.5:.3g}, even of "
+            "an exact network; take more steps"
         )
