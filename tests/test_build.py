@@ -74,6 +74,14 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="classification.task.Classification"), "config.model is missing"),
         (dict(type="classification.losses.class_balanced"), "config.counts is missing"),
         (dict(type="nn.resnet.ResNet", dtype="int32"), "config.dtype is 'int32'"),
+        (dict(type="nn.resnet.ResNet", dtype=None), "config.dtype is None"),
+        (dict(type="nn.resnet.ResNet", width=None), "config.width is None; it must be a whole num"),
+        (
+            dict(type="nn.resnet.ResNet", stage_sizes=("a",)),
+            r"must be of type tuple\[int, ...\]",
+        ),
+        (dict(type="optax.adamw", b1=None), "b1 is None; it must be a number, as its default is"),
+        (dict(type="detection.task.Detection", model=1, weights=dict(box=None)), "weights is {'bo"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
@@ -114,7 +122,8 @@ def test_one_of_several_objects_is_taken_away():
     assert list(build(buildable(changed.task)).losses) == ["cross_entropy"]
     changed = override(read(f"{root}/configs/cifar10.py"), [("task.augment.cutout", "None")])
     assert set(changed.task.augment) == {"type", "crop", "flip"}
-    # A field of one object is None where it has that value.
+    # A field is None where it has that value, also one that was a text.
+    assert override(config, [("best", "None")]).best is None
     assert override(config, [("data.test", "None")]).data.test is None
 
 

@@ -108,7 +108,7 @@ def fit(
       step: a train step of your own instead of the engine's.
       workdir: None keeps nothing on disk.
       log_every, evaluate_every, checkpoint_every: in updates; None means at the end only (for
-        `evaluate_every`), and together with every evaluation (for `checkpoint_every`).
+        `evaluate_every`), or together with every evaluation (for `checkpoint_every`).
       keep: how many of the newest checkpoints stay; and the best by `best`, an eval metric.
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
@@ -127,7 +127,7 @@ def fit(
         steps=steps, log_every=log_every, evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every, keep=keep,
     ).items():  # fmt: skip
-        if value is not None:
+        if value is not None or name not in ("evaluate_every", "checkpoint_every"):
             check_count(1, **{name: value})
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
@@ -137,7 +137,7 @@ def fit(
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
     if not task.objectives:
-        workdir = eval_data = initialize = None
+        workdir = eval_data = initialize = best = None
     workdir = Path(workdir) if workdir is not None else None
     is_primary = jax.process_index() == 0
 
@@ -165,8 +165,11 @@ def fit(
     # Traced here, so that what a loss or a prediction refuses is told before there is a directory.
     like = shapes_of(make_state, rng, example, mesh)
     jax.eval_shape(compiled, like, sharding.shapes_of_batch(example, scanned, mesh))
-    if eval_data is not None:
-        evaluate_state.trace(like, held_out)
+    measured = evaluate_state.trace(like, held_out) if eval_data is not None else []
+    # What an evaluator finds out, "name/...", is known only when it has run.
+    by_evaluator = best is not None and best.partition("/")[0] in (evaluators or {})
+    if best is not None and best not in measured and not by_evaluator:
+        raise InputError(f"best is {best!r}, which is not evaluated{nearest(best, measured)}")
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
         is_new = checkpoints = restored = None

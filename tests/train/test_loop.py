@@ -219,8 +219,12 @@ def test_a_best_that_is_not_evaluated_is_said_and_nothing_is_lost(tmp_path):
         steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2, eval_data=Linear(21),
         workdir=tmp_path / "run",
     )  # fmt: skip
-    with pytest.raises(InputError, match="best is 'lss', which was not evaluated .did you mean"):
+    with pytest.raises(InputError, match="best is 'lss', which is not evaluated .did you mean"):
         fit(Regression(), Linear(), best="lss", **options)
+    assert not (tmp_path / "run").exists()
+    evaluators = {"count": Count()}  # what it finds is known when it has run
+    with pytest.raises(InputError, match="best is 'count/x', which was not evaluated"):
+        fit(Regression(), Linear(), best="count/x", evaluators=evaluators, **options)
     assert int(fit(Regression(), Linear(), best="loss", **options).state.step) == 4
     steps = [row["step"] for row in read_json_lines(tmp_path / "run/metrics.jsonl")]
     assert steps[0] == 2 and steps[-1] == 4  # it went on where it had stopped
