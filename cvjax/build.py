@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from cvjax.errors import InputError, nearest
 
@@ -158,17 +158,25 @@ def _check_kind(path: str, value: Any, parameter: inspect.Parameter | None) -> N
     if parameter is None or (value is None and parameter.default is None):
         return
     kind, default = parameter.annotation, parameter.default
-    # Linen's modules would take a dtype of None for that of their inputs.
-    if not _fits(value, kind) or (value is None and kind is DTypeLike):
-        found = inspect.formatannotation(kind)
+    found = inspect.formatannotation(kind).replace("collections.abc.", "")
+    # Linen's modules would take None for the dtype of their inputs.
+    may_be_none = kind is not DTypeLike and (
+        kind is parameter.empty or re.search(r"\b(None|Optional|Any|object)\b|^'", found)
+    )
+    if not _fits(value, kind) or (value is None and not may_be_none):
         raise InputError(f"{path} is {value!r}; it must be {_WORDS.get(kind, f'of type {found}')}")
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
-    allowed = r"\b(None|Optional)\b" if value is None else r"\bstr\b"
-    if isinstance(value, str | None) and is_number and not re.search(allowed, str(parameter)):
+    if isinstance(value, str) and is_number and not re.search(r"\bstr\b", str(parameter)):
         raise InputError(f"{path} is {value!r}; it must be a number, as its default is: {default}")
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    ArrayLike: "a number",
+    bool: "true or false",
+    DTypeLike: "'float32', 'bfloat16' or 'float16'",
+}
 
 
 def _fits(value: Any, kind: Any) -> bool:

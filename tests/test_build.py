@@ -80,7 +80,11 @@ def test_a_backbone_from_outside_the_package(tmp_path):
             dict(type="nn.resnet.ResNet", stage_sizes=("a",)),
             r"must be of type tuple\[int, ...\]",
         ),
-        (dict(type="optax.adamw", b1=None), "b1 is None; it must be a number, as its default is"),
+        (
+            dict(type="nn.fpn.Pyramid", backbone=None, fpn=None),
+            "backbone is None; it must be of type",
+        ),
+        (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
         (dict(type="detection.task.Detection", model=1, weights=dict(box=None)), "weights is {'bo"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),

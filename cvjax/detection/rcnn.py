@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.assigners import max_iou
 from cvjax.detection.dense import Detections
 from cvjax.detection.losses import check_normalizer, normalized
@@ -117,6 +118,8 @@ class RCNN(nn.Module):
     normalizer: str = "batch"
 
     def __post_init__(self):
+        check_at_least(self, samples=1)
+        check_fractions(self, "fraction", "overlap")
         check_normalizer(self.normalizer)
         super().__post_init__()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from flax.errors import ScopeParamShapeError
 
 from cvjax.checks import check_choice, check_count
 from cvjax.data.loader import Loader
@@ -165,7 +166,14 @@ def fit(
     # Traced here, so that what a loss or a prediction refuses is told before there is a directory.
     like = shapes_of(make_state, rng, example, mesh)
     jax.eval_shape(compiled, like, sharding.shapes_of_batch(example, scanned, mesh))
-    measured = evaluate_state.trace(like, held_out) if eval_data is not None else []
+    try:
+        measured = evaluate_state.trace(like, held_out) if eval_data is not None else []
+    except ScopeParamShapeError as error:  # such as colours where training has grey levels
+        pairs = [(name, example[name].shape[1:], held_out[name].shape[1:]) for name in held_out]
+        differ = [f"{name} {list(one)} and {list(two)}" for name, one, two in pairs if one != two]
+        raise InputError(
+            f"one model cannot take training and held-out examples: {', '.join(differ)}"
+        ) from error
     # What an evaluator finds out, "name/...", is known only when it has run.
     by_evaluator = best is not None and best.partition("/")[0] in (evaluators or {})
     if best is not None and best not in measured and not by_evaluator:

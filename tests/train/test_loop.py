@@ -114,6 +114,18 @@ def test_held_out_data_that_the_task_cannot_take_is_refused_before_the_first_ste
     assert not (tmp_path / "run").exists()
 
 
+class Wider(Linear):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "x": np.zeros(5, np.float32)}
+
+
+def test_held_out_data_of_another_width_is_one_line(tmp_path):
+    options = dict(steps=4, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match=r"training and held-out examples: x \[3\] and \[5\]$"):
+        fit(Regression(), Linear(), eval_data=Wider(9), **options)
+    assert not (tmp_path / "run").exists()
+
+
 class Refuses(Regression):
     """Has a mistake that only the traced `method` tells."""
 
