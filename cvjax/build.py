@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
@@ -107,10 +108,10 @@ def resolve(name: str, path: str = "config") -> Any:
             f"{path}.type is {name!r}, but {candidate} has no {attribute}"
             f"{nearest(attribute, here or public)}"
         )
-    raise InputError(
-        f"{path}.type is {name!r}, but there is no module {module_name}"
-        f"{nearest(module_name, _modules())}"
-    )
+    hint = nearest(module_name, _modules())
+    if "did you mean" not in hint:  # they are too many for a line
+        hint = "; one of your own must be beside main.py or on PYTHONPATH"
+    raise InputError(f"{path}.type is {name!r}, but there is no module {module_name}{hint}")
 
 
 def fields_of(target: Any) -> dict[str, inspect.Parameter] | None:
@@ -154,7 +155,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
 
 
 def _check_kind(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
-    """Raises InputError for plain data of another kind than a field's annotation or default."""
+    """Raises InputError for data, or no module, of another kind than a field's annotation."""
     if parameter is None or (value is None and parameter.default is None):
         return
     kind, default = parameter.annotation, parameter.default
@@ -180,8 +181,10 @@ _WORDS = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether plain data is of a kind; True for all but the kinds that plain data has."""
+    """Whether a value is of a kind: of plain data, or a module; True for all other kinds."""
     origin, within = get_origin(kind), get_args(kind)
+    if kind is nn.Module:
+        return isinstance(value, nn.Module)
     if not isinstance(value, bool | int | float | str | tuple | list | Mapping | None):
         return True
     if kind in (int, float):

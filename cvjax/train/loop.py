@@ -130,6 +130,9 @@ def fit(
     ).items():  # fmt: skip
         if value is not None or name not in ("evaluate_every", "checkpoint_every"):
             check_count(1, **{name: value})
+    for name, one in (evaluators or {}).items():
+        if not (hasattr(one, "add") and hasattr(one, "result")):
+            raise InputError(f"evaluators.{name} is {one!r}; it must have add and result")
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
     if parallel == "pmap" and jax.process_count() > 1:

@@ -121,6 +121,10 @@ class Wider(Linear):
 
 def test_held_out_data_of_another_width_is_one_line(tmp_path):
     options = dict(steps=4, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match=r"evaluators.x is 3; it must have add and result"):
+        fit(Regression(), Linear(), evaluators={"x": 3}, **options)
+    with pytest.raises(InputError, match=r"the source set has no __getitem__"):
+        fit(Regression(), {1, 2}, **options)
     with pytest.raises(InputError, match=r"training and held-out examples: x \[3\] and \[5\]$"):
         fit(Regression(), Linear(), eval_data=Wider(9), **options)
     assert not (tmp_path / "run").exists()
