@@ -115,6 +115,7 @@ class FCOS(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
+        check_at_least(self, reach=0)
         check_normalizer(self.normalizer)
         check_choices(self, distances=DISTANCES)
         super().__post_init__()

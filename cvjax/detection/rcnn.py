@@ -46,6 +46,9 @@ class PyramidPool:
     samples: int | None = 2
     aligned: bool = True
 
+    def __post_init__(self) -> None:
+        check_at_least(self, levels=1, canonical_size=1, samples=1)
+
     def __call__(
         self, levels: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int], size: int
     ) -> jax.Array:
