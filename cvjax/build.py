@@ -181,10 +181,12 @@ _WORDS = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: of plain data, or a module; True for all other kinds."""
+    """Whether a value is of a kind: plain data, a module, a function; True for all other kinds."""
     origin, within = get_origin(kind), get_args(kind)
     if kind is nn.Module:
         return isinstance(value, nn.Module)
+    if origin is collections.abc.Callable:
+        return callable(value)
     if not isinstance(value, bool | int | float | str | tuple | list | Mapping | None):
         return True
     if kind in (int, float):

@@ -88,6 +88,10 @@ def test_a_backbone_from_outside_the_package(tmp_path):
             dict(type="nn.fpn.Pyramid", backbone=dict(type="optax.adam"), fpn=None),
             "backbone is func",
         ),
+        (
+            dict(type="train.power_averages.tracked", transform=3),
+            "transform is 3; it must be",
+        ),
         (dict(type="my_lab.parts.Tiny"), "no module my_lab.parts; one of your own must be beside"),
         (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
         (dict(type="segmentation.task.measure", weights=dict(a=None)), "weights is {'a': None}"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cvjax.detection.dense import Tower, select
+from cvjax.detection.detr import DETR
 from cvjax.detection.fcos import FCOSHead
 from cvjax.detection.keypoint_head import KeypointHead
 from cvjax.detection.rcnn import PyramidPool
@@ -89,6 +90,7 @@ def test_a_score_at_the_threshold_is_no_detection():
         (lambda: Tower(8, groups=3), "features is 8; it must be a multiple of groups=3"),
         (lambda: RetinaNetHead(3, anchors=-1), "anchors is -1; it must be at least 1"),
         (lambda: FCOSHead(0), "num_classes is 0; it must be at least 1"),
+        (lambda: DETR(None, 3, heads=0), "heads is 0; it must be at least 1"),
         (lambda: PyramidPool(levels=0), "levels is 0; it must be at least 1"),
         (lambda: KeypointHead(size=0), "size is 0; it must be at least 1"),
         (lambda: select(*ONE, candidates=0, score=0.1, iou=0.5, outputs=1, size=(9, 9)),
