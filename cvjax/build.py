@@ -1,5 +1,6 @@
 """A config dictionary with a `type` becomes the object that it names. The only such place."""
 
+import collections.abc
 import dataclasses
 import functools
 import importlib
@@ -7,11 +8,14 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from cvjax.errors import InputError, nearest
 
@@ -104,10 +108,10 @@ def resolve(name: str, path: str = "config") -> Any:
             f"{path}.type is {name!r}, but {candidate} has no {attribute}"
             f"{nearest(attribute, here or public)}"
         )
-    raise InputError(
-        f"{path}.type is {name!r}, but there is no module {module_name}"
-        f"{nearest(module_name, _modules())}"
-    )
+    hint = nearest(module_name, _modules())
+    if "did you mean" not in hint:  # they are too many for a line
+        hint = "; one of your own must be beside main.py or on PYTHONPATH"
+    raise InputError(f"{path}.type is {name!r}, but there is no module {module_name}{hint}")
 
 
 def fields_of(target: Any) -> dict[str, inspect.Parameter] | None:
@@ -125,7 +129,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
     for field in fields:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
-        _check_number(f"{path}.{field}", fields[field], (known or {}).get(field))
+        _check_kind(f"{path}.{field}", fields[field], (known or {}).get(field))
     for field, parameter in (known or {}).items():
         required = parameter.default is parameter.empty
         # What a function takes by position is what its caller gives.
@@ -146,16 +150,59 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
             )
     try:
         return target(**fields)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, MemoryError) as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _check_number(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
-    """Raises InputError for a text where the default is a number and nothing speaks of texts."""
-    default = None if parameter is None else parameter.default
+def _check_kind(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """Raises InputError for data, or no module, of another kind than a field's annotation."""
+    if parameter is None or (value is None and parameter.default is None):
+        return
+    kind, default = parameter.annotation, parameter.default
+    found = inspect.formatannotation(kind).replace("collections.abc.", "")
+    # Linen's modules would take None for the dtype of their inputs.
+    may_be_none = kind is not DTypeLike and (
+        kind is parameter.empty or re.search(r"\b(None|Optional|Any|object)\b|^'", found)
+    )
+    if not _fits(value, kind) or (value is None and not may_be_none):
+        raise InputError(f"{path} is {value!r}; it must be {_WORDS.get(kind, f'of type {found}')}")
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
     if isinstance(value, str) and is_number and not re.search(r"\bstr\b", str(parameter)):
         raise InputError(f"{path} is {value!r}; it must be a number, as its default is: {default}")
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    ArrayLike: "a number",
+    bool: "true or false",
+    DTypeLike: "'float32', 'bfloat16' or 'float16'",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: plain data, a module, a function; True for all other kinds."""
+    origin, within = get_origin(kind), get_args(kind)
+    if kind is nn.Module:
+        return isinstance(value, nn.Module)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if not isinstance(value, bool | int | float | str | tuple | list | Mapping | None):
+        return True
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int | kind)
+    if kind in (bool, str, types.NoneType):
+        return isinstance(value, kind)
+    if origin in (types.UnionType, Union):
+        return any(_fits(value, one) for one in within)
+    if origin is tuple:
+        is_row = isinstance(value, tuple | list)
+        if within[-1] is ...:
+            return is_row and all(_fits(one, within[0]) for one in value)
+        return is_row and len(value) == len(within) and all(map(_fits, value, within))
+    if origin is collections.abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(one, within[1]) for one in value.values())
+    return True
 
 
 def _exists(module: str) -> bool:

@@ -116,8 +116,12 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> None:
     """Raises InputError for a label that is no class; 0 classes mean that nobody looks at them."""
+    if not num_classes:
+        return
+    if np.asarray(labels).dtype.kind in "US":
+        raise InputError(f"{name} is {labels.flat[0]!r}; classes are numbers, 0..{num_classes - 1}")
     wrong = labels[~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)))]
-    if num_classes and wrong.size:
+    if wrong.size:
         raise InputError(
             f"{name} is {wrong[0]}, but num_classes is {num_classes}: classes are "
             f"0..{num_classes - 1}"

@@ -200,10 +200,10 @@ def _replace(node: ConfigDict, fields: Mapping[str, Any]) -> None:
 
 def _parse(text: str, before: Any, flag: str) -> Any:
     """The value that a text means, of the same type as the one before (None: any)."""
+    if isinstance(before, str | ConfigDict) and text == "None":
+        return None
     if isinstance(before, str):
         return text
-    if isinstance(before, ConfigDict) and text == "None":
-        return None
     if isinstance(before, ConfigDict):
         raise InputError(f"{flag}={text}: it has fields of its own{nearest(text, before)}")
     if isinstance(before, bool):

@@ -120,6 +120,8 @@ def _built(config: ConfigDict, built: dict[str, Any], mode: str) -> dict[str, An
     for name in ("task", "data", "steps", "batch_size"):
         if name not in built:
             raise InputError(f"config.{name} is missing")
+    if not hasattr(built["task"], "objectives"):
+        raise InputError("config.task is no task, which has objectives (cvjax.train.task)")
     data = built.pop("data")
     if "train" not in data and mode == "train":
         raise InputError("config.data.train is missing")

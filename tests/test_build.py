@@ -74,6 +74,27 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="classification.task.Classification"), "config.model is missing"),
         (dict(type="classification.losses.class_balanced"), "config.counts is missing"),
         (dict(type="nn.resnet.ResNet", dtype="int32"), "config.dtype is 'int32'"),
+        (dict(type="nn.resnet.ResNet", dtype=None), "config.dtype is None"),
+        (dict(type="nn.resnet.ResNet", width=None), "config.width is None; it must be a whole num"),
+        (
+            dict(type="nn.resnet.ResNet", stage_sizes=("a",)),
+            r"must be of type tuple\[int, ...\]",
+        ),
+        (
+            dict(type="nn.fpn.Pyramid", backbone=None, fpn=None),
+            "backbone is None; it must be of type",
+        ),
+        (
+            dict(type="nn.fpn.Pyramid", backbone=dict(type="optax.adam"), fpn=None),
+            "backbone is func",
+        ),
+        (
+            dict(type="train.power_averages.tracked", transform=3),
+            "transform is 3; it must be",
+        ),
+        (dict(type="my_lab.parts.Tiny"), "no module my_lab.parts; one of your own must be beside"),
+        (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
+        (dict(type="segmentation.task.measure", weights=dict(a=None)), "weights is {'a': None}"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
@@ -114,7 +135,8 @@ def test_one_of_several_objects_is_taken_away():
     assert list(build(buildable(changed.task)).losses) == ["cross_entropy"]
     changed = override(read(f"{root}/configs/cifar10.py"), [("task.augment.cutout", "None")])
     assert set(changed.task.augment) == {"type", "crop", "flip"}
-    # A field of one object is None where it has that value.
+    # A field is None where it has that value, also one that was a text.
+    assert override(config, [("best", "None")]).best is None
     assert override(config, [("data.test", "None")]).data.test is None
 
 

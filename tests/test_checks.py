@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cvjax.checks import check_at_least, check_channels, check_unit, check_unit_images
+from cvjax.checks import (
+    check_at_least,
+    check_channels,
+    check_labels,
+    check_unit,
+    check_unit_images,
+)
 from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation.extractor import unit
@@ -74,3 +80,8 @@ def test_nothing_is_divided_by_a_std_of_0(std):
     check_channels(batch, mean=0.0, std=0.5)
     with pytest.raises(InputError, match="std is .*: it must be above 0"):
         check_channels(batch, mean=0.0, std=std)
+
+
+def test_names_of_classes_are_no_labels():
+    with pytest.raises(InputError, match=r"label is .*'b'.*; classes are numbers, 0..1$"):
+        check_labels(np.array(["b", "a"]), 2)

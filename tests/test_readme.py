@@ -69,3 +69,14 @@ def test_the_cell_for_a_notebook():
     namespace = {}
     exec(cell.replace("steps=300", "steps=2"), namespace)
     assert "eval/accuracy" in namespace["result"].history[-1]
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("experiments/*/run.py")), ids=str)
+def test_an_experiment_reads_its_flags(script):
+    """One that did not would run for minutes when asked for --help."""
+    assert re.search(r"\.parse(_known)?_args\(", script.read_text())
+
+
+def test_every_experiment_is_in_the_list():
+    for folder in ROOT.glob("experiments/*/"):
+        assert f"\n[{folder.name}](experiments/{folder.name}/README.md)" in README, folder

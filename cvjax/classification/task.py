@@ -113,10 +113,19 @@ class Classification:
                 raise InputError(f"label is {wrong[0]}; one for each class must be in [0, 1]")
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
-        """Returns {"model": parameters} and the model's other collections; also the teacher's."""
+        """Returns {"model": parameters} and the model's other collections; also the teacher's.
+
+        Raises InputError for a model whose output is not [b, classes].
+        """
         params_rng, dropout_rng = jax.random.split(rng)
         rngs, image = {"params": params_rng, "dropout": dropout_rng}, self._input(batch)
-        variables = self.model.init(rngs, image, train=False)
+        logits, variables = self.model.init_with_output(rngs, image, train=False)
+        classes = getattr(self.model, "num_classes", logits.shape[-1])
+        if logits.shape != (len(image), classes):
+            raise InputError(
+                f"the model gives {list(logits.shape)} for {len(image)} images; it must be logits "
+                f"[{len(image)}, {classes}]"
+            )
         params = {"model": variables.pop("params")}
         if self.teacher is not None:
             variables["teacher"] = self.teacher.init(rngs, image, train=False)

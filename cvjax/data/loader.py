@@ -107,6 +107,9 @@ class Loader:
             raise InputError(
                 f"batch_size={batch_size} cannot be shared equally by {process_count} processes"
             )
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(source, method):
+                raise InputError(f"the source {type(source).__name__} has no {method}")
         if not len(source):
             raise InputError(f"the source {type(source).__name__} has no examples")
         if epochs is None:

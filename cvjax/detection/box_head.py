@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least
 from cvjax.detection.coders import decode_deltas
 from cvjax.detection.dense import Detections, select
 from cvjax.detection.rpn import box_loss
@@ -41,6 +42,10 @@ class BoxHead(nn.Module):
     iou: float = 0.5
     outputs: int = 100
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, num_classes=1, features=1, size=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least
 from cvjax.detection.boxes import clip
 from cvjax.detection.dense import Detections, Tower, level_sizes, output_layer, select
 from cvjax.detection.heatmaps import centre_heatmap
@@ -30,6 +31,10 @@ class CenterNetHead(nn.Module):
     depth: int = 1
     groups: int = 32
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, num_classes=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:

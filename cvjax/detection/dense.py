@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least, check_between, check_count
 from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
 from cvjax.errors import InputError
@@ -33,6 +34,14 @@ class Tower(nn.Module):
     depth: int = 4
     groups: int = 32
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, features=1, depth=0, groups=0)
+        if self.groups and self.features % self.groups:
+            raise InputError(
+                f"Tower: features is {self.features}; it must be a multiple of groups={self.groups}"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,6 +118,8 @@ def select(
       boxes [outputs, 4], scores [outputs], labels int32 [outputs], detected bool [outputs], the
       best first, of equal ones that with the lower index; zeros where nothing was detected.
     """
+    check_count(1, candidates=candidates)
+    check_between(0, 1, score=score, iou=iou)
     boxes, classes = jnp.asarray(boxes), scores.shape[-1]
     best, index = jax.lax.top_k(scores.reshape(-1), min(candidates, scores.size))
     labels = (index % classes).astype(jnp.int32)

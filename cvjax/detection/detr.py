@@ -185,6 +185,7 @@ class DETR(nn.Module):
         if not 0 < self.no_object <= 1:
             raise InputError(f"DETR: no_object is {self.no_object}; it must be in (0, 1]")
         check_at_least(self, num_classes=1, queries=1, decoder_layers=1, encoder_layers=0)
+        check_at_least(self, features=1, heads=1, hidden=1)
         check_fractions(self, "dropout")
         super().__post_init__()
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_choices
+from cvjax.checks import check_at_least, check_choices
 from cvjax.detection import assigners
 from cvjax.detection.anchors import grid_points
 from cvjax.detection.coders import MAX_LOG_SCALE, decode_distances, encode_distances
@@ -54,6 +54,10 @@ class FCOSHead(nn.Module):
     groups: int = 32
     scales: bool = True
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, num_classes=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:
@@ -111,6 +115,7 @@ class FCOS(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
+        check_at_least(self, reach=0)
         check_normalizer(self.normalizer)
         check_choices(self, distances=DISTANCES)
         super().__post_init__()

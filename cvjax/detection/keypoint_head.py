@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least
 from cvjax.detection.deconvolution import Deconvolution
 from cvjax.detection.dense import Detections
 from cvjax.detection.sampling import Samples
@@ -37,6 +38,10 @@ class KeypointHead(nn.Module):
     size: int = 14
     detail: int = 0
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, keypoints=1, features=1, depth=0, size=1, detail=0)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

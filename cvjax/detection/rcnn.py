@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.assigners import max_iou
 from cvjax.detection.dense import Detections
 from cvjax.detection.losses import check_normalizer, normalized
@@ -44,6 +45,9 @@ class PyramidPool:
     canonical_level: int = 4
     samples: int | None = 2
     aligned: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least(self, levels=1, canonical_size=1, samples=1)
 
     def __call__(
         self, levels: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int], size: int
@@ -117,6 +121,8 @@ class RCNN(nn.Module):
     normalizer: str = "batch"
 
     def __post_init__(self):
+        check_at_least(self, samples=1)
+        check_fractions(self, "fraction", "overlap")
         check_normalizer(self.normalizer)
         super().__post_init__()
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.anchors import grid_anchors
 from cvjax.detection.assigners import Assignment, max_iou
 from cvjax.detection.coders import decode_deltas, encode_deltas
@@ -43,6 +44,10 @@ class RetinaNetHead(nn.Module):
     depth: int = 4
     groups: int = 32
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, num_classes=1, anchors=1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:
@@ -100,6 +105,8 @@ class RetinaNet(nn.Module):
     outputs: int = 100
 
     def __post_init__(self):
+        check_at_least(self, octaves=1)
+        check_fractions(self, "positive", "negative")
         check_normalizer(self.normalizer)
         super().__post_init__()
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.anchors import grid_anchors
 from cvjax.detection.assigners import max_iou
 from cvjax.detection.boxes import clip
@@ -38,6 +39,10 @@ class RPNHead(nn.Module):
     features: int = 256
     depth: int = 1
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_at_least(self, anchors=1, features=1, depth=0)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:
@@ -98,6 +103,11 @@ class RPN(nn.Module):
     iou: float = 0.7
     min_size: float = 1e-3
     proposals: int = 1000
+
+    def __post_init__(self):
+        check_at_least(self, samples=1, candidates=1, proposals=1)
+        check_fractions(self, "positive", "negative", "fraction", "iou")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> dict[str, jax.Array]:

@@ -66,14 +66,18 @@ class Evaluation:
         self.measure = jax.jit(measure, out_shardings=whole)
         self.visualize = jax.jit(task.visualize, out_shardings=whole)
 
-    def trace(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> None:
-        """Traces what an evaluation runs, of shapes alone: it raises what that would raise."""
+    def trace(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> list[str]:
+        """Traces what an evaluation runs, of shapes alone: it raises what that would raise.
+
+        Returns the names of the task's own metrics.
+        """
         params, model_state = state.averaged_params, state.model_state
         shapes = sharding.shapes_of_batch(batch, 1, self.mesh)
         place = sharding.shapes_of_batch(places(batch, 0), 1, self.mesh)
         keys = self.rng, prediction_key(self.rng)
-        jax.eval_shape(self.measure, params, model_state, shapes, place, *keys)
+        metrics, _ = jax.eval_shape(self.measure, params, model_state, shapes, place, *keys)
         jax.eval_shape(self.visualize, params, model_state, shapes, self.rng)
+        return list(metrics)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The metrics, and the pictures of the first batch and of the evaluators."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from flax.errors import ScopeParamShapeError
 
 from cvjax.checks import check_choice, check_count
 from cvjax.data.loader import Loader
@@ -108,7 +109,7 @@ def fit(
       step: a train step of your own instead of the engine's.
       workdir: None keeps nothing on disk.
       log_every, evaluate_every, checkpoint_every: in updates; None means at the end only (for
-        `evaluate_every`), and together with every evaluation (for `checkpoint_every`).
+        `evaluate_every`), or together with every evaluation (for `checkpoint_every`).
       keep: how many of the newest checkpoints stay; and the best by `best`, an eval metric.
       max_nonfinite: that many steps in a row may be skipped for a loss or gradient that is not
         finite; one more raises NonFiniteError.
@@ -127,8 +128,11 @@ def fit(
         steps=steps, log_every=log_every, evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every, keep=keep,
     ).items():  # fmt: skip
-        if value is not None:
+        if value is not None or name not in ("evaluate_every", "checkpoint_every"):
             check_count(1, **{name: value})
+    for name, one in (evaluators or {}).items():
+        if not (hasattr(one, "add") and hasattr(one, "result")):
+            raise InputError(f"evaluators.{name} is {one!r}; it must have add and result")
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
     if parallel == "pmap" and jax.process_count() > 1:
@@ -137,7 +141,7 @@ def fit(
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
     if not task.objectives:
-        workdir = eval_data = initialize = None
+        workdir = eval_data = initialize = best = None
     workdir = Path(workdir) if workdir is not None else None
     is_primary = jax.process_index() == 0
 
@@ -165,8 +169,18 @@ def fit(
     # Traced here, so that what a loss or a prediction refuses is told before there is a directory.
     like = shapes_of(make_state, rng, example, mesh)
     jax.eval_shape(compiled, like, sharding.shapes_of_batch(example, scanned, mesh))
-    if eval_data is not None:
-        evaluate_state.trace(like, held_out)
+    try:
+        measured = evaluate_state.trace(like, held_out) if eval_data is not None else []
+    except ScopeParamShapeError as error:  # such as colours where training has grey levels
+        pairs = [(name, example[name].shape[1:], held_out[name].shape[1:]) for name in held_out]
+        differ = [f"{name} {list(one)} and {list(two)}" for name, one, two in pairs if one != two]
+        raise InputError(
+            f"one model cannot take training and held-out examples: {', '.join(differ)}"
+        ) from error
+    # What an evaluator finds out, "name/...", is known only when it has run.
+    by_evaluator = best is not None and best.partition("/")[0] in (evaluators or {})
+    if best is not None and best not in measured and not by_evaluator:
+        raise InputError(f"best is {best!r}, which is not evaluated{nearest(best, measured)}")
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
         is_new = checkpoints = restored = None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import GradientTransformation
 
+from cvjax.checks import check_between
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import PyTree, TrainState
 from cvjax.train.task import Batch, Loss, Metrics, Task, mean
@@ -183,6 +184,7 @@ def warmed_up_decay(step: jax.Array, *, decay: float) -> jax.Array:
     Without it a short run samples what is left of its random beginning (the rule of
     tf.train.ExponentialMovingAverage). `functools.partial` binds the decay.
     """
+    check_between(0, 1, decay=decay)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 

@@ -189,4 +189,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=64)
-    main(**vars(parser.parse_args()))
+    flags = parser.parse_args()
+    if min(flags.rounds, flags.images) < 1:
+        parser.error("--rounds and --images must be at least 1")
+    main(**vars(flags))

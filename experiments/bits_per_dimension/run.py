@@ -105,6 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=200, help="held-out digits, times of 50")
     parser.add_argument("--steps", type=int, default=400, help="on dequantized digits; 0 for none")
     flags = parser.parse_args()
+    if flags.count < 50 or flags.count % 50 or flags.steps < 0:
+        parser.error("--count must be a multiple of 50, at least 50; --steps at least 0")
     if not (flags.workdir / "config.json").exists():
         config = f"--config={ROOT}/configs/diffusion.py"
         if code := main.main([config, f"--workdir={flags.workdir}"]):

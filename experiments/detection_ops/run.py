@@ -7,6 +7,7 @@ Both in one process, in turn, with the same boxes and features; first it is show
 the same. Prints the table as Markdown.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -113,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

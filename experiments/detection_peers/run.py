@@ -226,6 +226,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--test", type=int, help="held-out scenes; all of the recipe's by default")
     flags = parser.parse_args()
+    if any(count is not None and count < 1 for count in (flags.steps, flags.test)):
+        parser.error("--steps and --test must be at least 1")
     recipe = configs.read(f"{ROOT}/configs/{flags.name}.py").to_dict()
     settings, optimizer = recipe["task"]["model"], recipe["optimizer"]
     background = int(flags.name in TWO_STAGES)

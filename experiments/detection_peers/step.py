@@ -100,6 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error("--rounds must be at least 1")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     batch = data()
     sides = {"torchvision": of_torchvision(batch), "ours": of_ours(batch)}

@@ -6,6 +6,7 @@ The same U-Net and the same sampler in PyTorch (`torch_unet.py`), three ways, an
 that take turns; first it is shown that both compute the same. Prints the table as Markdown.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments.step_time.turns import HEADER, TORCH_PYTHON, compare
 WORKER = Path(__file__).parent / "worker.py"
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     subprocess.run([TORCH_PYTHON, str(WORKER), "same"], check=True)
     print(HEADER)
     # With Muon on our side there is no counterpart: PyTorch's Muon takes matrices alone.

@@ -6,6 +6,7 @@ Nothing in cvjax knows of corners. `CornerHead` is a module with two functions, 
 it is handed to the detector under a name, and the task is told which field of the data it learns.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Mapping
@@ -205,4 +206,5 @@ def _picture(detector: Detection, state: object, data: Doors, count: int = 8) ->
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

@@ -70,12 +70,14 @@ def accuracy(seed: int, rate: float, steps: int, workdir: Path | None) -> float:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--pretraining-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=150)
     flags = parser.parse_args()
+    if min(flags.steps, flags.pretraining_steps) < 1 or min(flags.rates) <= 0:
+        parser.error("--steps, --pretraining-steps and --rates must be above 0")
     found = {}
     for seed in flags.seeds:
         with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ Trains `configs/finetune.py` as it is, from scratch, and with everything but the
 two learning rates, so that none of the three is at a disadvantage; the better one with two seeds.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -55,4 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

@@ -7,6 +7,7 @@ long does it take, and how many all-reduces of how many bytes does it make, with
 after it. Prints the table as Markdown and draws `accumulation.png`.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -190,4 +191,5 @@ def draw(rows: dict[tuple[int, str], tuple[float, float]]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

@@ -9,6 +9,7 @@ file's name. Those of scikit-image are named here by what they show: where Image
 further (breeds of cats), any of these classes is right.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -97,4 +98,5 @@ def predict(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     sys.exit(main())

@@ -7,6 +7,7 @@ moments (while it imports, compiles, trains, evaluates or saves) and started aga
 command. Then every array of the last checkpoints is compared, bit by bit.
 """
 
+import argparse
 import random
 import subprocess
 import sys
@@ -74,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

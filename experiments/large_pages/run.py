@@ -7,6 +7,7 @@ turns. Prints a table: milliseconds of a step, by the clock and of the kernel, a
 has to give out, each the median over the turns.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -72,7 +73,12 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2])))
     else:
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("names", nargs="*", help=f"recipes; without any {', '.join(RECIPES)}")
+        names = parser.parse_args().names or RECIPES
+        if unknown := [n for n in names if not (ROOT / "configs" / f"{n}.py").is_file()]:
+            parser.error(f"there is no configs/{unknown[0]}.py")
         print("| recipe | a step, ms | the kernel's, ms | page faults | ratio |")
         print("|---|---|---|---|---|")
-        for name in sys.argv[1:] or RECIPES:
+        for name in names:
             print(compare(name), flush=True)

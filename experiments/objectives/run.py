@@ -91,4 +91,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--judge", type=Path, default=ROOT / "runs/judge")
     flags = parser.parse_args()
+    if min(flags.steps, flags.seeds) < 1:
+        parser.error("--steps and --seeds must be at least 1")
     run(flags.steps, flags.seeds, flags.judge)

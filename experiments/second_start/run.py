@@ -6,6 +6,7 @@ Starts the main job for two steps and a sample grid, with an empty compilation c
 the one that this left, three times; prints wall time and CPU-seconds of each.
 """
 
+import argparse
 import os
 import resource
 import statistics
@@ -50,4 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

@@ -6,6 +6,7 @@
 blocks of 50 ms or more: forward / forward and both gradients. Prints the table as Markdown.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     main()

@@ -6,6 +6,7 @@ Traces some steps of each network with JAX's profiler on the CPU and adds up, ov
 time of each kind of operation of the compiled program, in per cent. Prints a row for each network.
 """
 
+import argparse
 import glob
 import gzip
 import json
@@ -125,4 +126,9 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(NETWORKS)}")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in NETWORKS]:
+        parser.error(f"{unknown[0]!r} is none of: {', '.join(NETWORKS)}")
+    main(names)

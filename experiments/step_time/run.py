@@ -7,7 +7,7 @@ channels-last), which take turns; the ratio is ours to the fastest of theirs, ro
 Prints the table as Markdown. Add names to measure only those.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from networks import NETWORKS
@@ -23,4 +23,9 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(NETWORKS)}")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in NETWORKS]:
+        parser.error(f"{unknown[0]!r} is none of: {', '.join(NETWORKS)}")
+    main(names)

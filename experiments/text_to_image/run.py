@@ -121,4 +121,6 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=500, help="captions")
     parser.add_argument("--seed", type=int, default=1)
     flags = parser.parse_args()
+    if flags.count < 1:
+        parser.error("--count must be at least 1")
     print(json.dumps(run(flags.workdir, flags.judge, flags.count, flags.seed), indent=2))

@@ -477,3 +477,16 @@ def test_a_teacher_of_labels_that_do_not_exclude_each_other():
 def test_settings_that_make_no_sense(fields, message):
     with pytest.raises(InputError, match=message):
         Classification(Linear(), **fields)
+
+
+def test_a_model_of_another_width_is_told():
+    class Wide(nn.Module):
+        num_classes: int = 10
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    batch = {"image": jnp.zeros((2, 4, 4, 1)), "valid": jnp.ones(2, bool)}
+    with pytest.raises(InputError, match=r"gives \[2, 3\] for 2 images; it must be .* \[2, 10\]"):
+        Classification(Wide()).init(jax.random.key(0), batch)

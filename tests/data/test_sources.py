@@ -151,6 +151,8 @@ def test_npz_files_that_cannot_be_used(tmp_path):
     for name in ("text.npz", "one.npy", "objects.npz", "cut.npz", "broken.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as an .npz"):
             Npz(tmp_path / name)
+    with pytest.raises(InputError, match=r"one.npy .*: it is none, or is cut off$"):
+        Npz(tmp_path / "one.npy")
     with pytest.raises(InputError, match=r"range.npz: images have values from -1"):
         Npz(tmp_path / "range.npz")
 

@@ -4,7 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax.detection.dense import select
+from cvjax.detection.dense import Tower, select
+from cvjax.detection.detr import DETR
+from cvjax.detection.fcos import FCOSHead
+from cvjax.detection.keypoint_head import KeypointHead
+from cvjax.detection.rcnn import PyramidPool
+from cvjax.detection.retinanet import RetinaNetHead
+from cvjax.errors import InputError
 
 
 def boxes_of(rng, *shape, size=50.0):
@@ -66,10 +72,33 @@ def test_touching_overlap_is_kept_and_other_classes_do_not_rival():
     assert found["detected"].all()
 
 
+ONE = np.float32([[0, 0, 9, 9]]), np.float32([[0.5]])  # a box and its score
+
+
 def test_a_score_at_the_threshold_is_no_detection():
     run = jax.jit(lambda *of: [
         select(*of, candidates=1, score=score, iou=0.5, outputs=1, size=(9, 9))["detected"]
         for score in (0.5, 0.49)
     ])  # fmt: skip
-    at, below = run(np.float32([[0, 0, 9, 9]]), np.float32([[0.5]]))
+    at, below = run(*ONE)
     assert not at.any() and below.all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Tower(8, groups=3), "features is 8; it must be a multiple of groups=3"),
+        (lambda: RetinaNetHead(3, anchors=-1), "anchors is -1; it must be at least 1"),
+        (lambda: FCOSHead(0), "num_classes is 0; it must be at least 1"),
+        (lambda: DETR(None, 3, heads=0), "heads is 0; it must be at least 1"),
+        (lambda: PyramidPool(levels=0), "levels is 0; it must be at least 1"),
+        (lambda: KeypointHead(size=0), "size is 0; it must be at least 1"),
+        (lambda: select(*ONE, candidates=0, score=0.1, iou=0.5, outputs=1, size=(9, 9)),
+         "candidates is 0; it must be a whole number"),
+        (lambda: select(*ONE, candidates=1, score=-1, iou=0.5, outputs=1, size=(9, 9)),
+         "score is -1; it must be in"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

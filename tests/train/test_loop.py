@@ -114,6 +114,22 @@ def test_held_out_data_that_the_task_cannot_take_is_refused_before_the_first_ste
     assert not (tmp_path / "run").exists()
 
 
+class Wider(Linear):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "x": np.zeros(5, np.float32)}
+
+
+def test_held_out_data_of_another_width_is_one_line(tmp_path):
+    options = dict(steps=4, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match=r"evaluators.x is 3; it must have add and result"):
+        fit(Regression(), Linear(), evaluators={"x": 3}, **options)
+    with pytest.raises(InputError, match=r"the source set has no __getitem__"):
+        fit(Regression(), {1, 2}, **options)
+    with pytest.raises(InputError, match=r"training and held-out examples: x \[3\] and \[5\]$"):
+        fit(Regression(), Linear(), eval_data=Wider(9), **options)
+    assert not (tmp_path / "run").exists()
+
+
 class Refuses(Regression):
     """Has a mistake that only the traced `method` tells."""
 
@@ -219,8 +235,12 @@ def test_a_best_that_is_not_evaluated_is_said_and_nothing_is_lost(tmp_path):
         steps=4, batch_size=8, optimizer=optax.sgd(0.1), evaluate_every=2, eval_data=Linear(21),
         workdir=tmp_path / "run",
     )  # fmt: skip
-    with pytest.raises(InputError, match="best is 'lss', which was not evaluated .did you mean"):
+    with pytest.raises(InputError, match="best is 'lss', which is not evaluated .did you mean"):
         fit(Regression(), Linear(), best="lss", **options)
+    assert not (tmp_path / "run").exists()
+    evaluators = {"count": Count()}  # what it finds is known when it has run
+    with pytest.raises(InputError, match="best is 'count/x', which was not evaluated"):
+        fit(Regression(), Linear(), best="count/x", evaluators=evaluators, **options)
     assert int(fit(Regression(), Linear(), best="loss", **options).state.step) == 4
     steps = [row["step"] for row in read_json_lines(tmp_path / "run/metrics.jsonl")]
     assert steps[0] == 2 and steps[-1] == 4  # it went on where it had stopped

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from cvjax.errors import InputError
 from cvjax.train import sharding
 from cvjax.train.optimizer import Optimizer, optimizers_by_group
 from cvjax.train.state import TrainState
@@ -197,6 +198,8 @@ def test_the_average_moves_only_with_real_updates_and_starts_as_a_copy():
 def test_warmed_up_decay():
     decays = [warmed_up_decay(step, decay=0.9) for step in (0, 8, 1000)]
     np.testing.assert_allclose(decays, [0.1, 0.5, 0.9], rtol=1e-6)
+    with pytest.raises(InputError, match=r"decay is -1; it must be in \[0, 1\]"):
+        warmed_up_decay(0, decay=-1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

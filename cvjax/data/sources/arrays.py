@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -64,8 +65,13 @@ class Npz:
 
     def __post_init__(self) -> None:
         keys = {"image": self.image_key, "label": self.label_key}
+        file = pathlib.Path(self.path).expanduser()
+        if file.exists() and not zipfile.is_zipfile(file):
+            raise InputError(
+                f"{self.path} cannot be read as an .npz file: it is none, or is cut off"
+            )
         try:
-            with np.load(pathlib.Path(self.path).expanduser()) as file:
+            with np.load(file) as file:
                 for key in keys.values():
                     if key is not None and key not in file.files:
                         raise InputError(f"{self.path} has no {key!r}{nearest(key, file.files)}")
