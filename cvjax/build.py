@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +127,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
     for field in fields:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
-        _check_number(f"{path}.{field}", fields[field], (known or {}).get(field))
+        check_value(f"{path}.{field}", fields[field], (known or {}).get(field))
     for field, parameter in (known or {}).items():
         required = parameter.default is parameter.empty
         # What a function takes by position is what its caller gives.
@@ -150,12 +152,26 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
         raise InputError(f"{path}: {error}") from error
 
 
-def _check_number(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
-    """Raises InputError for a text where the default is a number and nothing speaks of texts."""
+def check_value(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """Raises InputError for None, or a text for a number, where what takes it says otherwise."""
     default = None if parameter is None else parameter.default
+    if value is None and parameter is not None and not _admits_none(parameter):
+        what = getattr(parameter.annotation, "__name__", parameter.annotation)
+        raise InputError(f"{path} is None; it must be of type {what}")
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
     if isinstance(value, str) and is_number and not re.search(r"\bstr\b", str(parameter)):
         raise InputError(f"{path} is {value!r}; it must be a number, as its default is: {default}")
+
+
+def _admits_none(parameter: inspect.Parameter) -> bool:
+    kind = parameter.annotation
+    if parameter.default is None or kind is parameter.empty:
+        return True
+    if isinstance(kind, str):  # of a module with `from __future__ import annotations`
+        return bool(re.search(r"\b(None|Optional|Any|object)\b", kind))
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    one_of = typing.get_args(kind) if is_union else (kind,)
+    return any(one in (Any, object, None, type(None)) for one in one_of)
 
 
 def _exists(module: str) -> bool:

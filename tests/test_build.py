@@ -74,6 +74,8 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="classification.task.Classification"), "config.model is missing"),
         (dict(type="classification.losses.class_balanced"), "config.counts is missing"),
         (dict(type="nn.resnet.ResNet", dtype="int32"), "config.dtype is 'int32'"),
+        (dict(type="nn.resnet.ResNet", stem=None), "config.stem is None; it must be of type str"),
+        (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
@@ -126,6 +128,10 @@ def test_an_object_where_there_was_none():
     assert buildable(changed)["task"]["mix"] == {"type": mix[1], "alpha": 0.4}
     assert buildable(changed)["ema"] == {"type": "optax.ema"}
     assert build(buildable(changed)["task"]).mix.keywords == {"alpha": 0.4}
+    begin = [("initialize.type", "train.restore.load_params"), ("initialize.path", "a")]
+    changed = override(config, [*begin, ("parallel", "None")])
+    assert dict(changed.initialize) == {"type": begin[0][1], "path": "a"}
+    assert changed.parallel is None  # and no text
     with pytest.raises(InputError, match="did you mean mix?"):
         override(config, [("task.mixx.type", "data.transforms.mixing.mixup")])
 
