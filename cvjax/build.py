@@ -129,7 +129,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
     for field in fields:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
-        _check_kind(f"{path}.{field}", fields[field], (known or {}).get(field))
+        check_value(f"{path}.{field}", fields[field], (known or {}).get(field))
     for field, parameter in (known or {}).items():
         required = parameter.default is parameter.empty
         # What a function takes by position is what its caller gives.
@@ -154,7 +154,7 @@ def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
         raise InputError(f"{path}: {error}") from error
 
 
-def _check_kind(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
+def check_value(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
     """Raises InputError for data, or no module, of another kind than a field's annotation."""
     if parameter is None or (value is None and parameter.default is None):
         return

@@ -16,6 +16,8 @@ from cvjax.errors import InputError, nearest
 
 # Objects by names that are free to choose, so that a flag may add one.
 NAMED = ("evaluators", "data.transforms", "data.test_transforms")
+# Objects that a run may have, though a recipe does not mention them.
+OF_RUN = ("initialize", "optimizer", "ema", "data.test")
 
 
 def read(name: str) -> ConfigDict:
@@ -35,11 +37,17 @@ def read(name: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+        if not callable(getattr(module, "get_config", None)):
+            raise InputError("it has no function get_config(tiny=False)")
+        config = module.get_config(tiny=argument == "tiny")
+    except InputError as error:
+        raise InputError(f"--config={file}: {error}") from error
+    except (Exception, SystemExit) as error:
         raise InputError(f"--config={file}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise InputError(f"--config={file}: it has no function get_config(tiny=False)")
-    return module.get_config(tiny=argument == "tiny")
+    if type(config) is not ConfigDict:  # a FrozenConfigDict cannot be changed by flags
+        kind = type(config).__name__
+        raise InputError(f"--config={file}: get_config gives a {kind}; it must be a ConfigDict")
+    return config
 
 
 def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> ConfigDict:
@@ -54,6 +62,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     Raises InputError in one line for everything else.
     """
     config = copy.deepcopy(config)
+    config.unlock()
     types_first = sorted(assignments, key=lambda pair: not pair[0].endswith(".type"))
     for path, text in types_first:
         *parents, last = path.split(".")
@@ -142,6 +151,8 @@ def _may_hold(node: Any, field: str, path: str, within: bool) -> bool:
         return "stages" not in node
     if _of_run(path) in NAMED:
         return "type" not in node
+    if _is_of_run(node, path) and _of_run(f"{path}.{field}") in OF_RUN:
+        return True
     return field in node or ("type" in node and _takes(node["type"], field, path))
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from cvjax import config as configs
 from cvjax import draw
-from cvjax.build import build
+from cvjax.build import build, check_value
 from cvjax.data.sources import example_id
 from cvjax.errors import InputError, from_callbacks, nearest
 from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_key
@@ -24,6 +24,7 @@ from cvjax.train.loop import fit
 from cvjax.train.restore import load_state
 from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
 from cvjax.train.state import TrainState
+from cvjax.train.task import Task
 from cvjax.train.writers import write_json
 
 log = logging.getLogger("cvjax")
@@ -38,6 +39,7 @@ DATA = {
     "retries",
     "bad_budget",
 }
+NOT_OF_CONFIG = {"workdir", "config", "loader", "eval_data", "check_only"}  # arguments of `fit`
 
 
 def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
@@ -47,18 +49,27 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
     `workdir`. The `initialize` of a stage that names no `path` takes the work directory of the
     stage before it. Other modes are those of the last stage; the config of all is saved, too.
     """
-    if "stages" not in config:
+    if config.get("stages") is None:
         return _run(config, _build(config, mode), workdir, mode)
     plain, stages, previous = configs.save_json(config), [], None
+    if not isinstance(config.stages, ConfigDict) or not len(config.stages):
+        raise InputError(f"config.stages is {config.stages!r}; it must be configs by name")
     for name in plain["stages"]:  # in their order
         stage = config.stages[name]
-        if previous and "initialize" in stage and "path" not in stage.initialize:
+        if not isinstance(stage, ConfigDict):
+            raise InputError(f"config.stages.{name} is {stage!r}; it must be a config")
+        if previous and stage.get("initialize") and "path" not in stage.initialize:
             with stage.unlocked():
                 stage.initialize.path = str(previous)
         previous = workdir / name
         # All are built first: a mistake in the last must not show after the first has trained.
         if mode == "train" or name == list(plain["stages"])[-1]:
             stages.append((stage, _build(stage, mode, f"config.stages.{name}"), previous))
+    for stage, built, folder in stages[1:]:
+        try:
+            fit(check_only=True, **_built(stage, built, mode))
+        except InputError as error:
+            raise InputError(f"stage {folder.name}: {error}") from error
     for stage, built, folder in stages:
         log.info("stage %s", folder.name)
         code = _run(stage, built, folder, mode)
@@ -113,17 +124,22 @@ def _build(config: ConfigDict, mode: str, path: str = "config") -> dict[str, Any
 def _built(config: ConfigDict, built: dict[str, Any], mode: str) -> dict[str, Any]:
     """What was built as arguments of `fit`, after checks that take the whole config."""
     built = dict(built)
-    fields = set(inspect.signature(fit).parameters) - {"workdir", "config", "loader", "eval_data"}
-    for name in built:
+    fields = inspect.signature(fit).parameters
+    fields = {k: v for k, v in fields.items() if k not in NOT_OF_CONFIG}
+    for name, value in built.items():
         if name not in fields:
             raise InputError(f"config.{name}: no such field{nearest(name, fields)}")
+        check_value(f"config.{name}", value, fields[name])
     for name in ("task", "data", "steps", "batch_size"):
-        if name not in built:
+        if built.get(name) is None:
             raise InputError(f"config.{name} is missing")
-    if not hasattr(built["task"], "objectives"):
-        raise InputError("config.task is no task, which has objectives (cvjax.train.task)")
+    if not isinstance(built["task"], Task):
+        kind = type(built["task"]).__name__
+        raise InputError(f"config.task is a {kind}, no task (the protocol is in cvjax.train.task)")
     data = built.pop("data")
-    if "train" not in data and mode == "train":
+    if not isinstance(data, Mapping):
+        raise InputError(f"config.data is {data!r}; it must have the fields train and test")
+    if data.get("train") is None and mode == "train":
         raise InputError("config.data.train is missing")
     for name in data:
         if name not in DATA:

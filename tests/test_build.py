@@ -95,6 +95,7 @@ def test_a_backbone_from_outside_the_package(tmp_path):
         (dict(type="my_lab.parts.Tiny"), "no module my_lab.parts; one of your own must be beside"),
         (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
         (dict(type="segmentation.task.measure", weights=dict(a=None)), "weights is {'a': None}"),
+        (dict(type="nn.resnet.ResNet", stem=None), "config.stem is None; it must be of type str"),
         (dict(a=dict(b=dict(type="ResNet"))), "config.a.b.type"),
         (dict(type="data.sources.digits.Digits", split="all"), "config: "),
     ],
@@ -148,6 +149,10 @@ def test_an_object_where_there_was_none():
     assert buildable(changed)["task"]["mix"] == {"type": mix[1], "alpha": 0.4}
     assert buildable(changed)["ema"] == {"type": "optax.ema"}
     assert build(buildable(changed)["task"]).mix.keywords == {"alpha": 0.4}
+    begin = [("initialize.type", "train.restore.load_params"), ("initialize.path", "a")]
+    changed = override(config, [*begin, ("parallel", "None")])
+    assert dict(changed.initialize) == {"type": begin[0][1], "path": "a"}
+    assert changed.parallel is None  # and no text
     with pytest.raises(InputError, match="did you mean mix?"):
         override(config, [("task.mixx.type", "data.transforms.mixing.mixup")])
 

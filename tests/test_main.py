@@ -117,13 +117,48 @@ BAD = {
     "falling up": (
         [f"--config={CLASSIFICATION}", "--config.optimizer.learning_rate.peak_value=-0.01"],
         "learning_rate.peak_value is -0.01; it cannot be"),
+    "get_config fails": (["--config={tmp}/fails.py"], "fails.py: ZeroDivisionError"),
+    "get_config leaves": (["--config={tmp}/leaves.py"], "leaves.py: SystemExit: 3"),
+    "get_config takes nothing": (["--config={tmp}/bare.py"], "unexpected keyword argument 'tiny'"),
+    "get_config gives nothing": (["--config={tmp}/gives.py"], "a NoneType; it must be a ConfigDic"),
+    "no stages": (["--config={tmp}/stages.py"], "config.stages is {}"),
+    "a stage that is none": (["--config={tmp}/three.py"], "config.stages.a is 3; it must be a con"),
+    "no length": ([f"--config={LINEAR}", "--config.steps=None"], "config.steps is None"),
+    "no task": ([f"--config={LINEAR}", "--config.task=None"], "config.task is None; it must be of"),
+    "a task that is none": (
+        [f"--config={LINEAR}", "--config.task.type=optax.adam"], "config.task is a partial, no ta"),
+    "no data": ([f"--config={LINEAR}", "--config.data=None"], "config.data is missing"),
+    "no examples": ([f"--config={LINEAR}", f"{DATA}=None"], "config.data.train is missing"),
+    "none for a number": ([f"--config={LINEAR}", "--config.task.noise=None"], "noise is None;"),
+    "none for a part": ([f"--config={LINEAR}", "--config.task.model=None"], "model is None;"),
+    "best of nothing": (
+        [f"--config={LINEAR}", "--config.data.test=None", "--config.best=loss"],
+        "best is 'loss', but nothing is evaluated"),
+    "evaluator that is none": (
+        [f"--config={LINEAR}", "--config.evaluators.x.type=optax.adam"],
+        "evaluators.x is functools.partial"),
+    "to begin from nothing": (
+        [f"--config={LINEAR}", "--config.initialize.type=train.restore.load_params",
+         "--config.initialize.path=7", "--workdir={tmp}/run"], "7 has no checkpoint"),
+    "later stage": (
+        [f"--config={ROOT}/tests/recipe_stages.py", "--config.stages.cold.batch_size=12"],
+        "stage cold: batch_size is 12, which 8 devices do not divide"),
     "module that cannot be imported": (
         ["--config.task.type=tests.fails_to_import.Task"],
         "tests.fails_to_import cannot be imported: ZeroDivisionError"),
 }  # fmt: skip
 
 DATA_ALONE = dict(task=dict(type="train.noop.NoOp"), data=dict(train=(1,)), batch_size=8)
-FIELDS = dict(few=DATA_ALONE, stesp=DATA_ALONE | {"stesp": 2}, alone=DATA_ALONE | {"steps": 2})
+GET = "def get_config(tiny=False):\n    "
+FILES = dict(fails=f"{GET}1 / 0", leaves="raise SystemExit(3)", bare="def get_config():\n    pass",
+             gives=f"{GET}pass")  # fmt: skip
+FIELDS = dict(
+    stages=dict(stages={}),
+    three=dict(stages=dict(a=3)),
+    few=DATA_ALONE,
+    stesp=DATA_ALONE | {"stesp": 2},
+    alone=DATA_ALONE | {"steps": 2},
+)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -132,6 +167,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, c
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "empty.py").write_text("")
+    for file, text in FILES.items():
+        (tmp_path / f"{file}.py").write_text(text)
     for file, fields in FIELDS.items():
         (tmp_path / f"{file}.py").write_text(
             "from ml_collections import ConfigDict\n"

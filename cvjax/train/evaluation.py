@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from cvjax.train.state import TrainState
 from cvjax.train.task import Task
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Needs the outputs for the whole set; must leave out examples that are not `valid`.
 

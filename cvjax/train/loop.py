@@ -83,6 +83,7 @@ def fit(
     wandb: bool = False,
     initialize: Callable[..., Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    check_only: bool = False,
 ) -> Result:
     """Trains `task` on `data` and returns the state and the history.
 
@@ -119,22 +120,30 @@ def fit(
         `cvjax.nn.pretrained.load_pretrained`.
       config: the resolved config, saved with the checkpoints; in a notebook
         {"task": cvjax.build.describe(task)} says what the saved parameters are of.
+      check_only: looks at all that is refused before the workdir is made, and returns the shapes of
+        the state: a later stage of a run need not wait for that until the first has trained.
 
     Raises:
       InputError: arguments that cannot be used, before the workdir is made.
       NonFiniteError: see `max_nonfinite`.
     """
+    check_count(1, steps=steps, log_every=log_every, keep=keep)
+    check_count(0, max_nonfinite=max_nonfinite)
     for name, value in dict(
-        steps=steps, log_every=log_every, evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every, keep=keep,
-    ).items():  # fmt: skip
-        if value is not None or name not in ("evaluate_every", "checkpoint_every"):
+        evaluate_every=evaluate_every, checkpoint_every=checkpoint_every
+    ).items():
+        if value is not None:
             check_count(1, **{name: value})
+    for name, value in dict(initialize=initialize, step=step).items():
+        if value is not None and not callable(value):
+            raise InputError(f"{name} is {value!r}; it must be a function")
     for name, one in (evaluators or {}).items():
-        if not (hasattr(one, "add") and hasattr(one, "result")):
+        if not isinstance(one, Evaluator):
             raise InputError(f"evaluators.{name} is {one!r}; it must have add and result")
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
+    if best is not None and eval_data is None and task.objectives:
+        raise InputError(f"best is {best!r}, but nothing is evaluated: there is no held-out data")
     if parallel == "pmap" and jax.process_count() > 1:
         raise InputError("parallel is 'pmap', which is for one process; it must be 'jit'")
     use_compilation_cache()
@@ -181,6 +190,8 @@ def fit(
     by_evaluator = best is not None and best.partition("/")[0] in (evaluators or {})
     if best is not None and best not in measured and not by_evaluator:
         raise InputError(f"best is {best!r}, which is not evaluated{nearest(best, measured)}")
+    if check_only:
+        return Result(like)
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
         is_new = checkpoints = restored = None

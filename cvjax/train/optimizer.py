@@ -55,6 +55,11 @@ class Optimizer:
     accumulate_how: str = "multi_steps"
 
     def __post_init__(self):
+        if not callable(self.transform):
+            raise InputError(
+                f"optimizer.transform is {self.transform!r}; it must be what makes an optimizer, "
+                "such as optax.adamw"
+            )
         check_count(1, **{"optimizer.accumulate": self.accumulate})
         check_count(0, **{"optimizer.warmup_steps": self.warmup_steps})
         check_choices(self, accumulate_how=("multi_steps", "scan"))

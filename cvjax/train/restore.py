@@ -85,7 +85,12 @@ def load_params(
       InputError: there is no checkpoint, or it is damaged; a rule names nothing in the checkpoint
         or nothing in the model, or nothing of it fits.
     """
-    saved = _find(Path(path))
+    pairs = take.items() if isinstance(take, Mapping) else [] if take is None else [(take, None)]
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise InputError(
+            f"take is {take!r}; it must be {{path in the checkpoint: path in the model}}"
+        )
+    saved = _find(Path(str(path)))  # a flag makes a number of a name of digits
     kinds = ("params/", "ema/") if use_ema else ("params/",)
     sources = {
         name.removeprefix(kind): name
