@@ -10,26 +10,32 @@ from cvjax.nn.dense import Dense
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """What the queries find among the values: softmax(query key / sqrt(c)) value.
+    """What the queries find among the values: softmax(query key / sqrt(c) + bias) value.
 
     As `jax.nn.dot_product_attention`, which takes longer on a CPU (experiments/step_time).
 
     Args:
-      query: [b, n, heads, c].
-      key, value: [b, m, heads, c].
-      mask: bool [b or 1, heads or 1, n, m], True where a query may see a key.
+      query: [..., n, heads, c].
+      key, value: [..., m, heads, c].
+      mask: bool, to be broadcast to [..., heads, n, m]; True where a query may see a key.
+      bias: float32, to be broadcast likewise.
 
     Returns:
-      [b, n, heads, c], of the dtype of `value`; the softmax is float32.
+      [..., n, heads, c], of the dtype of `value`; the softmax is float32.
     """
     # Heads beside the batch: XLA multiplies matrices that lie so without turning them around.
-    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-    logits = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    query, key, value = (x.swapaxes(-3, -2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    logits = jnp.matmul(query, key.swapaxes(-2, -1), preferred_element_type=jnp.float32)
+    logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return (jax.nn.softmax(logits).astype(value.dtype) @ value).swapaxes(1, 2)
+    return (jax.nn.softmax(logits).astype(value.dtype) @ value).swapaxes(-3, -2)
 
 
 class SelfAttention(nn.Module):

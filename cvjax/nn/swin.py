@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from cvjax.checks import check_at_least, check_choices, check_fractions
 from cvjax.errors import InputError
+from cvjax.nn.attention import attend
 from cvjax.nn.convolution import pad_to_multiple, patchify
 from cvjax.nn.dense import Dense
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
@@ -57,12 +58,7 @@ class WindowAttention(nn.Module):
         y = dense(3 * channels, name="query_key_value")(x)
         y = y.reshape(*x.shape[:3], 3, self.heads, size)
         query, key, value = y[..., 0, :, :], y[..., 1, :, :], y[..., 2, :, :]
-        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query * size**-0.5, key)
-        logits = logits.astype(jnp.float32) + bias
-        if visible is not None:
-            logits = jnp.where(visible[:, None], logits, -jnp.inf)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        y = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
+        y = attend(query, key, value, None if visible is None else visible[:, None], bias)
         return dense(channels, name="output")(y.reshape(x.shape))
 
 
