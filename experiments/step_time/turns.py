@@ -25,11 +25,16 @@ HEADER = (
 
 
 def serve(step: Callable[[], Any]) -> None:
-    """Warms up, says "ready", and answers each number of steps with the milliseconds of one."""
+    """Warms up, says "ready", and answers each number of steps with the milliseconds of one.
+
+    The first step of a turn is not timed: a host that took the memory back, while others had their
+    turn, is slow to give it again.
+    """
     for _ in range(3):
         step()
     print("ready", flush=True)
     for line in sys.stdin:
+        step()
         began = time.perf_counter()
         for _ in range(int(line)):
             step()
