@@ -23,7 +23,7 @@ from cvjax.train.checkpoint import Checkpoints
 from cvjax.train.evaluation import Evaluation, Evaluator, eval_loader_of
 from cvjax.train.guards import DirectoryLock, NonFiniteError, NonFiniteGuard, Signals
 from cvjax.train.metrics import Window
-from cvjax.train.optimizer import micro_batches
+from cvjax.train.optimizer import Optimizer, micro_batches, updates_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.start import (
     example_batch,
@@ -95,7 +95,8 @@ def fit(
     Args:
       task: what is trained (the protocol is in `cvjax.train.task`).
       data: the source of training examples (the protocol is in `cvjax.data.loader`).
-      steps: optimizer updates in all, those of the run that is resumed included. Of a bare optax
+      steps: optimizer updates in all, those of the run that is resumed included; groups that have
+        several objectives, or accumulate less than others, take more. Of a bare optax
         transformation its calls: with `optax.MultiSteps` they are micro-batches.
       batch_size: examples in one micro-batch, over all devices and processes.
       optimizer: an `Optimizer` or optax transformation for all groups of parameters, or
@@ -226,7 +227,7 @@ def fit(
                 writer.write_hparams(hparams=config or {})
 
         _describe(task, state, example, mesh, position // micro, workdir)
-        window, rates = Window(NonFiniteGuard(max_nonfinite)), _schedules(optimizer, steps)
+        window, rates = Window(NonFiniteGuard(max_nonfinite)), _schedules(task, optimizer, steps)
         total, saved = steps * micro, None
 
         def save(wait: bool = False, metrics: Mapping[str, float] | None = None) -> None:
@@ -303,12 +304,20 @@ def _timed(batches: Iterator, progress: Progress) -> Iterator:
         yield batch
 
 
-def _schedules(optimizer: Any, steps: int) -> dict[str, Callable[[int], float]]:
+def _schedules(task: Task, optimizer: Any, steps: int) -> dict[str, Callable[[int], float]]:
+    """The learning rates by updates of the run, of which a group may take several at once."""
     named = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
+    groups = [group for group, _ in task.objectives]
+
+    def rate(group: str, one: Optimizer) -> Callable[[int], float]:
+        group = group or groups[-1]  # those of one optimizer are at the same share of their way
+        schedule = one.schedule(updates_by_group(optimizer, groups, steps)[group])
+        return lambda step: schedule(updates_by_group(optimizer, groups, step)[group])
+
     return {
-        f"learning_rate/{group}" if group else "learning_rate": one.schedule(steps)
+        f"learning_rate/{group}" if group else "learning_rate": rate(group, one)
         for group, one in named.items()
-        if hasattr(one, "schedule")
+        if isinstance(one, Optimizer) and groups
     }
 
 

@@ -33,8 +33,8 @@ class Optimizer:
         `optax.adamw` or `functools.partial(optax.sgd, momentum=0.9)`.
       learning_rate: a number, an optax schedule, or the `functools.partial` of what makes one
         (so it comes from a config); `decay_steps` or `transition_steps` that are not given
-        become the length of the run, less the warm-up; within `optax.join_schedules` that of the
-        part from one boundary to the next.
+        become the number of updates of the run, less the warm-up; within `optax.join_schedules`
+        that of the part from one boundary to the next.
       warmup_steps: updates over which the rate first rises linearly from 0.
       clip_norm: gradients whose global norm is larger are scaled down to it.
       weight_decay: rules with the decay of each parameter, decoupled from the gradient: each
@@ -102,7 +102,10 @@ class Optimizer:
         if self.weight_decay is not None:
             transform = _without_own_decay(transform)
         chain = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-        chain.append(transform(learning_rate=schedule))
+        try:
+            chain.append(transform(learning_rate=schedule))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer.transform: {error}") from error
         if self.weight_decay is not None:
             decays = by_path(self.weight_decay, params, "optimizer.weight_decay")
             for value in sorted(set(decays.values()) - {0.0}):
@@ -180,8 +183,10 @@ def optimizers_by_group(
 ) -> dict[str, GradientTransformation]:
     """One optax transformation for each group, from one for all or a dictionary of them.
 
-    Each may be an `Optimizer` or an optax transformation.
+    Each may be an `Optimizer` or an optax transformation. `groups` are those of the objectives,
+    in which one may stand several times, `steps` the updates of the run.
     """
+    updates = updates_by_group(optimizer, groups, steps)
     groups = list(dict.fromkeys(groups))
     if not isinstance(optimizer, Mapping):
         optimizer = dict.fromkeys(groups, optimizer)
@@ -195,7 +200,7 @@ def optimizers_by_group(
             raise InputError(f"the task has an objective for {group!r} but no such params{known}")
         one = optimizer.get(group)
         if isinstance(one, Optimizer):
-            one = one.build(params[group], steps)
+            one = one.build(params[group], updates[group])
         elif isinstance(one, optax.MultiSteps):
             one = one.gradient_transformation()
         elif not isinstance(one, GradientTransformation):
@@ -205,6 +210,20 @@ def optimizers_by_group(
             )
         built[group] = one
     return built
+
+
+def updates_by_group(optimizer: Any, groups: Sequence[str], steps: int) -> dict[str, int]:
+    """How many updates each group takes during `steps` of the run.
+
+    More than these where it has several objectives, or accumulates less than another group.
+    """
+    steps *= micro_batches(optimizer)[0]
+    updates = {}
+    for group in groups:
+        one = optimizer.get(group) if isinstance(optimizer, Mapping) else optimizer
+        loops = isinstance(one, Optimizer) and one.accumulate_how == "multi_steps"
+        updates[group] = steps * groups.count(group) // (one.accumulate if loops else 1)
+    return updates
 
 
 def micro_batches(optimizer: Any) -> tuple[int, int]:
@@ -260,6 +279,8 @@ def _decay(schedule: Schedule, value: float, decays: Mapping[str, float]) -> Gra
 def _without_own_decay(transform: Callable) -> Callable:
     """Turns off the weight decay that optimizers like adamw bring: the rules say all of it."""
     given = transform.keywords if isinstance(transform, functools.partial) else {}
+    if callable(given.get("transform")):  # one around another, as `power_averages.tracked`
+        return functools.partial(transform, transform=_without_own_decay(given["transform"]))
     if given.get("weight_decay"):
         raise InputError(
             "optimizer: both transform.weight_decay and optimizer.weight_decay are given; keep one"

@@ -14,7 +14,7 @@ from cvjax.data.loader import Loader
 from cvjax.train import sharding
 from cvjax.train.optimizer import optimizers_by_group
 from cvjax.train.state import PyTree, TrainState
-from cvjax.train.step import Decay, check_decay, initial_state
+from cvjax.train.step import Decay, check_decay, initial_state, start_of_average
 from cvjax.train.task import Task
 
 log = logging.getLogger("cvjax")
@@ -79,7 +79,7 @@ def initialized(
     start = jax.jit(
         lambda params: {name: one.init(params[name]) for name, one in optimizers.items()}
     )
-    ema = {name: params[name] for name in state.ema}
+    ema = {name: start_of_average(params[name]) for name in state.ema}
     state = state.replace(params=params, model_state=model_state, ema=ema, opt_state=start(params))
     return jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(mesh)).copy(), state)
 

@@ -14,7 +14,8 @@ class TrainState:
     """The state of a run.
 
     Attributes:
-      step: int32 scalar, the number of micro-batches seen.
+      step: int32 scalar, the number of micro-batches seen; those of
+        one loop (`accumulate_how="scan"`) count once.
       rng: a typed PRNG key made from the seed. It never changes: the randomness of a step is
         `fold_in(rng, step)`, so that a resumed run draws the same numbers.
       params: what is optimized, {group: pytree}; each group has its own optimizer.
@@ -22,7 +23,7 @@ class TrainState:
       model_state: what changes without a gradient (batch statistics, queues, codebooks);
         {} when there is none.
       ema: exponential moving average of the params, {group: pytree} of the groups that have
-        one; {} when there is none.
+        one, in float32 at least; {} when there is none.
     """
 
     step: jax.Array

@@ -1,7 +1,6 @@
 """The one train step: every objective in its order, then the moving averages."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,16 @@ def initial_state(
         params=params,
         opt_state={name: opt.init(params[name]) for name, opt in optimizers.items()},
         model_state=model_state,
-        # A copy: were it the same buffer, donating the state would donate it twice.
-        ema={group: jax.tree.map(jnp.copy, params[group]) for group in ema},
+        ema={group: start_of_average(params[group]) for group in ema},
     )
+
+
+def start_of_average(params: PyTree) -> PyTree:
+    """A copy of parameters, in float32 at least: half precision rounds small moves to nothing.
+
+    Were it the same buffer, donating the state would donate it twice.
+    """
+    return jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
 def check_decay(group: str, decay: float | Decay) -> None:
@@ -88,9 +94,12 @@ def make_train_step(
             if axis_name:
                 value, gradient, model_state = _mean_over(axis_name, (value, gradient, model_state))
                 reported = jax.lax.psum(reported, axis_name)
-            updates, opt_state = optimizers[group].update(
-                gradient, new.opt_state[group], new.params[group]
-            )
+            try:  # some take the value of the loss, too, and a few even more
+                updates, opt_state = optax.with_extra_args_support(optimizers[group]).update(
+                    gradient, new.opt_state[group], new.params[group], value=value
+                )
+            except (TypeError, ValueError) as error:
+                raise InputError(f"the optimizer of {group!r} does not fit: {error}") from error
             is_update = _is_update(new.opt_state[group], opt_state)
             applied[group] = applied.get(group, False) | is_update
             new = new.replace(
@@ -158,10 +167,9 @@ def _gradient_by_parts(
             jax.random.fold_in(rng, number),
         )  # fmt: skip
         share = jnp.sum(part["valid"]) / examples
-        # A mean over no valid example is NaN, and 0 times that would be NaN, too.
-        shares = jax.tree.map(
-            lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype), (value, gradient)
-        )
+        # A mean over no valid example is NaN, and 0 times that would be NaN, too. In float32 at
+        # least: many small shares of half precision would be rounded to nothing.
+        shares = jax.tree.map(lambda x: jnp.where(share > 0, share * x, 0), (value, gradient))
         return model_state, metrics, shares
 
     def add(carry: PyTree, numbered: tuple[jax.Array, Batch]) -> tuple[PyTree, None]:
@@ -175,6 +183,7 @@ def _gradient_by_parts(
     (model_state, metrics, (value, gradient)), _ = jax.lax.scan(
         add, (state.model_state, *zeros), pieces
     )
+    gradient = jax.tree.map(lambda x, like: x.astype(like.dtype), gradient, state.params[group])
     return (value, (model_state, metrics)), gradient
 
 
@@ -188,11 +197,17 @@ def warmed_up_decay(step: jax.Array, *, decay: float) -> jax.Array:
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def _is_update(old: Any, new: Any) -> jax.Array | bool:
+def _is_update(old: PyTree, new: PyTree) -> jax.Array | bool:
     """Whether an optimizer really moved the parameters, or only collected a micro-batch."""
-    if isinstance(new, optax.MultiStepsState):
-        return new.gradient_step != old.gradient_step
-    return True
+    done = [
+        [one.gradient_step for one in jax.tree.leaves(state, is_leaf=_counts) if _counts(one)]
+        for state in (old, new)
+    ]
+    return jnp.any(jnp.array(done[0]) != jnp.array(done[1])) if done[0] else True
+
+
+def _counts(state: PyTree) -> bool:
+    return isinstance(state, optax.MultiStepsState)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -290,6 +290,18 @@ def test_two_optimizers_and_accumulation_count_updates():
     assert "learning_rate/generator" in result.history[-1]
 
 
+def test_the_rate_in_the_log_is_that_of_the_groups_own_updates():
+    """The discriminator takes two updates a step, each group goes down over the whole run."""
+    down = functools.partial(optax.linear_schedule, 1e-3, 0.0)
+    one = Optimizer(optax.adam, down)
+    for optimizer, name in [(one, ""), (dict(generator=one, discriminator=one), "/discriminator")]:
+        result = fit(
+            Adversarial(), Linear(), steps=2, batch_size=8, optimizer=optimizer, log_every=1
+        )
+        rates = [row[f"learning_rate{name}"] for row in result.history]
+        np.testing.assert_allclose(rates, [5e-4, 0], rtol=1e-5)
+
+
 def test_accumulation_by_scan_takes_the_same_updates():
     """4 micro-batches of 8: as steps of their own, and looped over within one step."""
     results = [

@@ -8,7 +8,14 @@ import optax.contrib
 import pytest
 
 from cvjax.errors import InputError
-from cvjax.train.optimizer import Optimizer, by_path, kernels_as_matrices, optimizers_by_group
+from cvjax.train.optimizer import (
+    Optimizer,
+    by_path,
+    kernels_as_matrices,
+    optimizers_by_group,
+    updates_by_group,
+)
+from cvjax.train.power_averages import tracked
 
 PARAMS = {
     "stem": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
@@ -53,6 +60,34 @@ def test_weight_decay_is_decoupled_and_scheduled(transform):
     kept = (1 - 0.1 * 1.0) * (1 - 0.1 * 0.9) * (1 - 0.1 * 0.8)
     np.testing.assert_allclose(params["head"]["kernel"], 2.0 * kept, rtol=1e-6)
     np.testing.assert_allclose(params["head"]["bias"], 1.0)
+
+
+def test_the_decay_of_an_optimizer_within_another_is_turned_off_too():
+    inner = functools.partial(tracked, transform=functools.partial(optax.adamw, b1=0.8))
+    optimizer = Optimizer(inner, 0.1, weight_decay=((".*", 0.0),)).build(PARAMS, 10)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(updates))
+
+
+def test_an_optimizer_that_takes_no_learning_rate_is_one_line():
+    with pytest.raises(InputError, match="optimizer.transform: .*learning_rate"):
+        Optimizer(optax.polyak_sgd).build(PARAMS, 10)
+
+
+def test_each_schedule_is_as_long_as_the_updates_of_its_group():
+    """Two objectives a step, and another count of micro-batches: 10 steps, 3 micro-batches each."""
+    one = {"critic": Optimizer(optax.sgd), "generator": Optimizer(optax.sgd, accumulate=3)}
+    groups = ["critic", "critic", "generator"]
+    assert updates_by_group(one, groups, 10) == {"critic": 60, "generator": 10}
+    assert updates_by_group(one["critic"], groups, 10) == {"critic": 20, "generator": 10}
+    down = functools.partial(optax.linear_schedule, 1.0, 0.0)
+    built = optimizers_by_group(Optimizer(optax.sgd, down), {"a": PARAMS}, ["a", "a"], 2)["a"]
+    state, moves = built.init(PARAMS), []
+    for _ in range(4):
+        updates, state = built.update(jax.tree.map(jnp.ones_like, PARAMS), state)
+        moves.append(-float(jax.tree.leaves(updates)[0].mean()))
+    np.testing.assert_allclose(moves, [1, 0.75, 0.5, 0.25])
 
 
 def test_two_places_for_weight_decay_are_refused():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from cvjax.errors import InputError
@@ -193,6 +194,57 @@ def test_the_average_moves_only_with_real_updates_and_starts_as_a_copy():
     state, _ = step(state, batch_of(2))
     expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, first, state.params)
     assert_close(state.ema["model"], expected["model"], rtol=1e-6)
+
+
+def half(task, dtype):
+    """The task with its parameters in that dtype."""
+    init = lambda *args: jax.tree.map(lambda x: x.astype(dtype), task.init(*args))  # noqa: E731
+    return SimpleNamespace(objectives=task.objectives, init=init)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_average_of_parameters_in_half_precision_does_not_stand_still(dtype):
+    task, ema = half(Regression(), dtype), {"model": 0.999}
+    state, _ = train(task, optax.sgd(0.05), [batch_of(i) for i in range(20)], ema)
+    first, _ = start(task, optax.sgd(0.05))
+    for leaf in jax.tree.leaves(state.ema):
+        assert leaf.dtype == jnp.float32
+    shares = [
+        np.linalg.norm(average - np.float32(was)) / np.linalg.norm(np.float32(now - was))
+        for average, was, now in zip(*map(jax.tree.leaves, (state.ema, first.params, state.params)),
+                                     strict=True)
+    ]  # fmt: skip
+    assert min(shares) > 0.005 and max(shares) < 0.03  # 1 - 0.999^20 = 0.02 of all of the way
+
+
+def test_small_parts_in_half_precision_add_up():
+    """256 parts of the gradient 1: in bfloat16 the sum would stop at 0.5."""
+
+    def loss(params, state, batch, rng):
+        return jnp.mean(params["model"] * batch["x"]), (state.model_state, {})
+
+    init = lambda rng, batch: ({"model": jnp.bfloat16(0)}, {})  # noqa: E731
+    task = SimpleNamespace(objectives=[Objective("model", loss)], init=init)
+    state, optimizers = start(task, optax.sgd(1.0))
+    batch = {"x": np.ones(256, jnp.bfloat16), "valid": np.ones(256, bool)}
+    state, _ = jax.jit(make_train_step(task, optimizers, micro_batches=256))(state, batch)
+    assert state.params["model"] == -1 and state.params["model"].dtype == jnp.bfloat16
+
+
+def test_the_average_waits_also_for_micro_batches_within_a_chain():
+    one = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    chain, ema = optax.chain(optax.clip(1.0), one), {"model": 0.5}
+    first, _ = start(Regression(), chain, ema)
+    state, _ = train(Regression(), chain, [batch_of(i) for i in range(3)], ema)
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, first.params, state.params)
+    assert_close(state.ema, middle, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_is_told_the_loss_and_one_that_needs_more_is_one_line():
+    state, _ = train(Regression(), optax.contrib.momo(0.1), [batch_of(0)])
+    assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+    with pytest.raises(InputError, match="optimizer of 'model' does not fit: .*value_fn"):
+        train(Regression(), optax.lbfgs(0.1), [batch_of(0)])
 
 
 def test_warmed_up_decay():
