@@ -1,11 +1,11 @@
 """What main.py does with a config: build it and train, evaluate or predict."""
 
-import contextlib
 import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from cvjax.train.restore import load_state
 from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
 from cvjax.train.state import TrainState
 from cvjax.train.task import Task
-from cvjax.train.writers import write_json
+from cvjax.train.writers import write_json, writing
 
 log = logging.getLogger("cvjax")
 
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
         log.info("stage %s", folder.name)
         code = _run(stage, built, folder, mode)
         if mode == "train" and workdir.exists() and jax.process_index() == 0:
-            with _writing(workdir):
+            with writing(workdir):
                 write_json(workdir / "config.json", plain)
         if code:
             return code
@@ -158,15 +158,6 @@ def _built(config: ConfigDict, built: dict[str, Any], mode: str) -> dict[str, An
     return built | {"data": data.get("train"), "eval_data": data.get("test"), "loader": loader}
 
 
-@contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    """What cannot be written is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be written: {error}") from error
-
-
 def _newest_state(built: dict[str, Any], workdir: Path) -> TrainState:
     data, loader = built["data"], built["loader"]
     if data is None:
@@ -182,7 +173,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
     plain, built = configs.save_json(config), _built(config, built, mode)
     if mode == "train":
         saved = workdir / "config.json"
-        if saved.exists():
+        if os.path.exists(saved):  # that of a path is an error for a name that is too long
             for line in configs.differences(configs.save_json(configs.load_json(saved)), plain):
                 log.warning("%s goes on with another config: %s", workdir, line)
         result = fit(workdir=workdir, config=plain, **built)
@@ -202,7 +193,7 @@ def _run(config: ConfigDict, built: dict[str, Any], workdir: Path, mode: str) ->
         if jax.process_index() == 0:
             for name, value in found.items():
                 print(f"{name}: {value:.6g}")
-            with _writing(workdir):
+            with writing(workdir):
                 finite = {k: v if np.isfinite(v) else None for k, v in found.items()}
                 write_json(workdir / "evaluation.json", finite)
                 for name, picture in pictures.items():
@@ -292,7 +283,7 @@ def _predict(task, state, data, batch_size: int, loader, seed: int, workdir: Pat
             columns |= {f"{name}/{i}": v for i, v in zip(index, chain(*parts), strict=True)}
             told.append(f"{name}/0 and so on")
     columns["id"] = np.array([example_id(data, int(index)) for index in columns["index"]])
-    with _writing(workdir):
+    with writing(workdir):
         np.savez(workdir / "predictions.npz", **columns)
     print(f"{workdir / 'predictions.npz'}: {', '.join(told)}")
     return 0

@@ -103,6 +103,7 @@ BAD = {
         ["--workdir={tmp}/alone", "--mode=predict"], "config.data.test is missing"),
     "no run": (["--mode=evaluate", "--workdir={tmp}/hollow"], "hollow/config.json does not exist"),
     "no checkpoint": (["--mode=evaluate", "--workdir={tmp}/early"], "no checkpoint"),
+    "workdir too long": ([f"--config={LINEAR}", f"--workdir={300 * 'x'}"], "too long"),
     "workdir a file": (["--workdir={tmp}/notes.txt"], "notes.txt"),
     "average of nothing": (
         [f"--config={LINEAR}", "--config.ema=1.5"], "ema of model is 1.5; it must be in"),

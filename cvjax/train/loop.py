@@ -35,7 +35,14 @@ from cvjax.train.start import (
 from cvjax.train.state import TrainState
 from cvjax.train.step import Decay, TrainStep, make_train_step
 from cvjax.train.task import Task
-from cvjax.train.writers import JsonLines, Several, TensorBoard, WeightsAndBiases, write_json
+from cvjax.train.writers import (
+    JsonLines,
+    Several,
+    TensorBoard,
+    WeightsAndBiases,
+    write_json,
+    writing,
+)
 
 log = logging.getLogger("cvjax")
 
@@ -217,12 +224,13 @@ def fit(
                     checkpoints.prove_round_trip(state)
             writer, history = Several([], workdir), []
             if workdir and is_primary:
-                if config is not None:
-                    write_json(workdir / "config.json", config)
                 kinds = [JsonLines] + [TensorBoard] * tensorboard + [WeightsAndBiases] * wandb
                 closing.callback(writer.close)
-                for kind in kinds:
-                    writer.writers.append(kind(workdir, position // micro))
+                with writing(workdir):
+                    if config is not None:
+                        write_json(workdir / "config.json", config)
+                    for kind in kinds:
+                        writer.writers.append(kind(workdir, position // micro))
                 history = writer.writers[0].rows
                 writer.write_hparams(hparams=config or {})
 

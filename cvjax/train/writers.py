@@ -5,7 +5,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,10 +201,17 @@ class Several:
                 all_of_them.callback(self._call, call, writer)
 
     def _call(self, call: Callable[[Writer], None], writer: Writer) -> None:
-        try:
+        with writing(self.workdir):
             call(writer)
-        except OSError as error:
-            raise InputError(f"workdir {self.workdir} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(workdir: str | os.PathLike | None) -> Iterator[None]:
+    """What cannot be written there is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be written: {error}") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -220,7 +227,7 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -261,6 +261,18 @@ def test_a_full_disk_is_one_line_and_what_was_trained_is_kept(tmp_path, monkeypa
     assert int(fit(Regression(), Linear(), **options).state.step) == 2
 
 
+def test_a_disk_that_is_full_when_a_run_goes_on_is_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    options = dict(batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run", config={})
+    fit(Regression(), Linear(), steps=1, **options)
+    monkeypatch.setattr(loop, "write_json", full)
+    with pytest.raises(InputError, match="run cannot be written: .*No space left"):
+        fit(Regression(), Linear(), steps=2, **options)
+    assert (tmp_path / "run/checkpoints/1").exists()
+
+
 def test_a_run_that_comes_second_leaves_the_first_its_new_directory(tmp_path, monkeypatch):
     """Both saw none; the second finds it locked."""
     options = dict(steps=2, batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")

@@ -218,7 +218,7 @@ def test_the_average_of_parameters_in_half_precision_does_not_stand_still(dtype)
 
 
 def test_small_parts_in_half_precision_add_up():
-    """256 parts of the gradient 1: in bfloat16 the sum would stop at 0.5."""
+    """1024 parts of the gradient 1: in bfloat16 the sum would stop at 0.25."""
 
     def loss(params, state, batch, rng):
         return jnp.mean(params["model"] * batch["x"]), (state.model_state, {})
@@ -226,8 +226,8 @@ def test_small_parts_in_half_precision_add_up():
     init = lambda rng, batch: ({"model": jnp.bfloat16(0)}, {})  # noqa: E731
     task = SimpleNamespace(objectives=[Objective("model", loss)], init=init)
     state, optimizers = start(task, optax.sgd(1.0))
-    batch = {"x": np.ones(256, jnp.bfloat16), "valid": np.ones(256, bool)}
-    state, _ = jax.jit(make_train_step(task, optimizers, micro_batches=256))(state, batch)
+    batch = {"x": np.ones(1024, jnp.bfloat16), "valid": np.ones(1024, bool)}
+    state, _ = jax.jit(make_train_step(task, optimizers, micro_batches=1024))(state, batch)
     assert state.params["model"] == -1 and state.params["model"].dtype == jnp.bfloat16
 
 

@@ -29,6 +29,11 @@ def test_lines_after_the_resumed_step_are_written_anew(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 2, "a": 1}\n')
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 2, "a": 1}]
+
+
 def test_curves_are_drawn_anew_for_new_lines_alone(tmp_path):
     writer, curves = JsonLines(tmp_path), tmp_path / "curves.png"
     for step in (1, 2):
