@@ -24,6 +24,7 @@ from cvjax.detection.dense import Detections
 from cvjax.detection.hungarian import detr_cost, hungarian
 from cvjax.detection.losses import check_normalizer, giou_loss, normalized
 from cvjax.errors import InputError
+from cvjax.nn.attention import attend
 from cvjax.nn.dense import Dense
 from cvjax.nn.features import ordered_features
 
@@ -96,7 +97,7 @@ class Attention(nn.Module):
             x.reshape(*x.shape[:2], self.heads, channels // self.heads)
             for x in Projections(self.dtype, name="query_key_value")(query, key, value)
         )
-        x = jax.nn.dot_product_attention(query, key, value)
+        x = attend(query, key, value)
         x = x.reshape(*x.shape[:2], channels)
         return _dense(channels, self.dtype, "output")(x)
 

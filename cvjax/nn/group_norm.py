@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from cvjax.errors import InputError
+
 
 class GroupNorm(nn.Module):
     """Normalizes each example's channels in groups, over all places, [b, ..., c] -> the same.
@@ -26,22 +28,26 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer."""
         channels, places = x.shape[-1], tuple(range(1, x.ndim - 1))
+        if channels % self.groups:
+            raise InputError(f"norm: {channels} channels do not divide into {self.groups} groups")
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         size = channels // self.groups
-        # Group means by a matrix product leave one number for each channel, and the loops over
-        # the pixels, which XLA fuses, without an index of the group: these it can vectorize.
-        same_group = np.kron(np.eye(self.groups), np.ones((size, size))) / size
 
         def group_mean(y: jax.Array) -> jax.Array:
-            return jnp.matmul(
-                jnp.mean(y, places), same_group.astype(np.float32), precision="highest"
-            )
+            return jnp.mean(jnp.mean(y, places).reshape(-1, self.groups, size), axis=-1)
 
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         mean = group_mean(x)
         variance = jnp.maximum(group_mean(x * x) - mean * mean, 0)
-        scale = jax.lax.rsqrt(variance + self.epsilon) * scale
+        # From groups to channels by a matrix product: the loops over the pixels, which XLA fuses,
+        # then have no index of the group, and can be vectorized.
+        each = np.kron(np.eye(self.groups), np.ones((1, size))).astype(np.float32)
+        mean, inverse = (
+            jnp.matmul(y, each, precision="highest")
+            for y in (mean, jax.lax.rsqrt(variance + self.epsilon))
+        )
+        scale = inverse * scale
         shift = bias - mean * scale
         to_places = (slice(None), *[None] * len(places))
         return (x * scale[to_places] + shift[to_places]).astype(self.dtype)

@@ -109,7 +109,7 @@ def main(names: list[str]) -> None:
     """Prints the table."""
     print("| network | " + " | ".join([*KINDS, "other"]) + " | dearest operations |")
     print("|---|" + "---|" * (len(KINDS) + 2))
-    for name in names or NETWORKS:
+    for name in names:
         step = jax_step(NETWORKS[name], train=True)
         for _ in range(2):
             step()
@@ -127,8 +127,6 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(NETWORKS)}")
+    parser.add_argument("names", nargs="*", choices=["all", *NETWORKS], default="all")
     names = parser.parse_args().names
-    if unknown := [name for name in names if name not in NETWORKS]:
-        parser.error(f"{unknown[0]!r} is none of: {', '.join(NETWORKS)}")
-    main(names)
+    main(list(NETWORKS) if "all" in names else names)

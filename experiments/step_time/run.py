@@ -17,15 +17,13 @@ from turns import HEADER, compare
 def main(names: list[str]) -> None:
     """Prints a row for each network and kind."""
     print(HEADER)
-    for name in names or NETWORKS:
+    for name in names:
         for kind in ("train", "inference"):
             print(compare(Path(__file__).parent / "worker.py", name, kind), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(NETWORKS)}")
+    parser.add_argument("names", nargs="*", choices=["all", *NETWORKS], default="all")
     names = parser.parse_args().names
-    if unknown := [name for name in names if name not in NETWORKS]:
-        parser.error(f"{unknown[0]!r} is none of: {', '.join(NETWORKS)}")
-    main(names)
+    main(list(NETWORKS) if "all" in names else names)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.errors import InputError
 from cvjax.nn.attention import attend
 from cvjax.nn.dense import Dense
 from cvjax.nn.group_norm import GroupNorm
@@ -69,3 +70,8 @@ def test_attention_is_that_of_jax(dtype):
             # The queries are scaled before the product instead of after it: one rounding more.
             most = 8 * float(jnp.finfo(dtype).eps) * float(jnp.abs(theirs).max())
             assert float(jnp.abs(mine - theirs).max()) <= most
+
+
+def test_channels_that_do_not_divide_into_groups_are_one_line():
+    with pytest.raises(InputError, match="6 channels do not divide into 4 groups"):
+        GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
