@@ -5,6 +5,7 @@ import jax
 
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
 
 
@@ -62,7 +63,8 @@ class Decoder(nn.Module):
         x = nn.silu(nn.Dense(height // scale * (width // scale) * self.widths[0])(x))
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
         for size in (*self.widths[1:], None):
-            x = depth_to_space(nn.Conv(4 * (size or channels), (3, 3))(x), 2)
+            x = nn.Conv(4 * (size or channels), (3, 3), conv_general_dilated=fast_conv)(x)
+            x = depth_to_space(x, 2)
             x = x if size is None else nn.silu(x)
         return x
 
@@ -104,7 +106,8 @@ class GridDecoder(nn.Module):
         x = Residual()(nn.Conv(self.widths[0], (3, 3))(z))
         for width in self.widths:
             x = depth_to_space(nn.Conv(4 * width, (3, 3))(nn.silu(x)), 2)
-        return nn.Conv(self.channels, (3, 3), name="last")(nn.silu(x))
+        last = nn.Conv(self.channels, (3, 3), conv_general_dilated=fast_conv, name="last")
+        return last(nn.silu(x))
 
 
 class Residual(nn.Module):

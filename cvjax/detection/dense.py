@@ -13,6 +13,7 @@ from cvjax.detection.boxes import clip
 from cvjax.detection.nms import nms
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.group_norm import GroupNorm
 
 Detections = dict[str, jax.Array]
@@ -64,7 +65,7 @@ def output_layer(
     """The last 3x3 convolution of a head; with `prior` its sigmoid begins at 0.01."""
     bias = float(-np.log((1 - PRIOR) / PRIOR)) if prior else 0.0
     return nn.Conv(
-        features, (3, 3), padding=1, dtype=dtype, name=name,
+        features, (3, 3), padding=1, dtype=dtype, name=name, conv_general_dilated=fast_conv,
         kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.constant(bias),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
 
 
@@ -75,7 +76,7 @@ class Generator(nn.Module):
             x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))
             x = depth_to_space(nn.Conv(4 * size, (3, 3))(x), 2)
         x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))
-        return nn.sigmoid(nn.Conv(channels, (3, 3))(x))
+        return nn.sigmoid(nn.Conv(channels, (3, 3), conv_general_dilated=fast_conv)(x))
 
 
 class Discriminator(nn.Module):

@@ -18,6 +18,7 @@ from cvjax.errors import InputError
 from cvjax.nn.attention import CrossAttention, SelfAttention
 from cvjax.nn.dense import Dense
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.group_norm import GroupNorm
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 
@@ -241,8 +242,9 @@ class UNet(nn.Module):
                 name = "head" if level == 0 else f"up{level}_head"
                 y = nn.silu(_norm(x, self.dtype, f"{name}_norm"))
                 y = nn.Conv(
-                    outputs, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name=name
-                )(y)
+                    outputs, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name=name,
+                    conv_general_dilated=fast_conv,
+                )(y)  # fmt: skip
                 image = y if image is None else y + double(image, *y.shape[1:3])
         return depth_to_space(image, self.patch).astype(jnp.float32)
 

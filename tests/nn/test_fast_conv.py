@@ -21,6 +21,9 @@ CASES = {
     "cropping": ((2, 6, 6, 3), (3, 3, 3, 4), (1, 1), ((-1, 0), (1, -2))),
     "kernel of a pixel": ((2, 12, 11, 3), (1, 1, 3, 7), (1, 1), "VALID"),
     "strided kernel of a pixel": ((2, 12, 11, 3), (1, 1, 3, 7), (2, 2), "VALID"),
+    "few features": ((2, 6, 7, 8), (3, 3, 8, 4), (1, 1), "SAME"),
+    "one feature, uneven padding": ((2, 7, 6, 9), (2, 3, 9, 1), (1, 1), ((2, 0), (0, 3))),
+    "few features, cropping": ((2, 9, 8, 8), (3, 3, 8, 3), (1, 1), ((-1, 0), (1, -2))),
     "seven by seven": ((2, 7, 7, 32), (3, 3, 32, 32), (1, 1), "SAME"),
 }
 
@@ -63,7 +66,7 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name):
         assert np.abs(mine - truth).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["map smaller than the kernel", "seven by seven"])
+@pytest.mark.parametrize("name", ["map smaller than the kernel", "few features", "seven by seven"])
 def test_second_derivatives_forward_mode_and_vmap(name):
     x, kernel, ours, own = arrays(name)
     dx, dkernel, *_ = arrays(name, seed=1)
@@ -139,17 +142,21 @@ def test_other_types_and_empty_batches_are_xlas():
         assert jax.eval_shape(convolve, x, kernel).dtype == np.float64
 
 
-def test_patches_are_gathered_where_it_says():
-    def is_gathered(name):
+def test_each_form_is_taken_where_it_says():
+    def form(name):
         x, kernel, strides, padding = CASES[name]
         x, kernel = np.empty(x), np.empty(kernel)
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        return module._is_gathered(x, kernel, strides, padding)
+        given = x, kernel, strides, padding
+        return module._is_gathered(*given), module._is_scattered(*given)
 
     for name in ("map smaller than the kernel", "four by four", "kernel of a pixel"):
-        assert is_gathered(name)
-    assert not is_gathered("seven by seven")
+        assert form(name)[0]
+    for name in CASES:
+        if "few features" in name or "one feature" in name:
+            assert form(name) == (False, True)
+    assert form("seven by seven") == (False, False)
 
 
 def test_in_a_layer():
