@@ -21,6 +21,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()  # no flags but --help
     subprocess.run([TORCH_PYTHON, str(WORKER), "same"], check=True)
     print(HEADER)
-    # With Muon on our side there is no counterpart: PyTorch's Muon takes matrices alone.
     for optimizer, kind in (("ADAM", "train"), ("MUON", "train"), ("ADAM", "sample")):
         print(compare(WORKER, optimizer, kind), flush=True)

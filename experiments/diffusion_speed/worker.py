@@ -99,7 +99,35 @@ def jax_step(optimizer_name: str, kind: str):
     return run
 
 
-def torch_step(mode: str, kind: str):
+def torch_optimizer(name: str, network, layout):
+    """A function that makes one step of PyTorch's Adam, or of its Muon where ours is Muon."""
+    import torch
+
+    if name == "ADAM":
+        return torch.optim.Adam(network.parameters(), lr=RATE, foreach=True).step
+
+    def as_matrix(x):
+        turned = x.ndim == 4 and layout is torch.channels_last
+        return (x.permute(0, 2, 3, 1) if turned else x).flatten(1)
+
+    # PyTorch's Muon takes matrices alone: it is given each kernel as one, in the same memory.
+    kernels = [p for p in network.parameters() if p.ndim > 1]
+    matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in kernels]
+    assert [p.data_ptr() for p in kernels] == [p.data_ptr() for p in matrices]
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0)
+    others = [p for p in network.parameters() if p.ndim < 2]
+    adam = torch.optim.Adam(others, lr=RATE, foreach=True)
+
+    def step():
+        for kernel, matrix in zip(kernels, matrices, strict=True):
+            matrix.grad = as_matrix(kernel.grad)
+        muon.step()
+        adam.step()
+
+    return step
+
+
+def torch_step(mode: str, optimizer_name: str, kind: str):
     """The same with PyTorch."""
     import torch
     from torch_unet import UNet, sample
@@ -119,7 +147,7 @@ def torch_step(mode: str, kind: str):
                 return sample(run, noise, label, *grid, guidance=2.0)
 
         return draw
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, foreach=True)
+    optimize = torch_optimizer(optimizer_name, network, layout)
     averages = [p.detach().clone() for p in network.parameters()]
     label = torch.from_numpy(LABELS)
 
@@ -129,11 +157,11 @@ def torch_step(mode: str, kind: str):
         t = torch.sigmoid(0.3 + torch.special.ndtri(quantile))
         shown = torch.where(torch.rand(BATCH) < 0.05, 10, label)
         factor = t[:, None, None, None]
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         prediction = run((1 - factor) * x0 + factor * eps, t, shown)
         torch.nn.functional.mse_loss(prediction, eps - x0).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
-        optimizer.step()
+        optimize()
         torch._foreach_lerp_(averages, [p.detach() for p in network.parameters()], 1 - DECAY)
 
     return step
@@ -167,4 +195,4 @@ if __name__ == "__main__":
         same()
     else:
         mode, optimizer, kind = sys.argv[1:]
-        serve(jax_step(optimizer, kind) if mode == "jax" else torch_step(mode, kind))
+        serve(jax_step(optimizer, kind) if mode == "jax" else torch_step(mode, optimizer, kind))
