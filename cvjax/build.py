@@ -125,11 +125,13 @@ def fields_of(target: Any) -> dict[str, inspect.Parameter] | None:
 
 def _construct(name: str, fields: dict[str, Any], path: str) -> Any:
     target = resolve(name, path)
-    known = fields_of(target)
+    known, parameters = fields_of(target), inspect.signature(target).parameters
+    # Of fields of any name (`in_order(example, rng, **transforms: Transform)`) the kind is said.
+    others = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     for field in fields:
         if known is not None and field not in known:
             raise InputError(f"{path}.{field}: {name} has no such field{nearest(field, known)}")
-        check_value(f"{path}.{field}", fields[field], (known or {}).get(field))
+        check_value(f"{path}.{field}", fields[field], parameters.get(field, *others))
     for field, parameter in (known or {}).items():
         required = parameter.default is parameter.empty
         # What a function takes by position is what its caller gives.

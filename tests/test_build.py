@@ -93,6 +93,10 @@ def test_a_backbone_from_outside_the_package(tmp_path):
             "transform is 3; it must be",
         ),
         (dict(type="my_lab.parts.Tiny"), "no module my_lab.parts; one of your own must be beside"),
+        (
+            dict(type="data.transforms.in_order", flip=3),
+            "config.flip is 3; it must be of type Call",
+        ),
         (dict(type="optax.adamw", b1=None), "config.b1 is None; it must be"),
         (dict(type="segmentation.task.measure", weights=dict(a=None)), "weights is {'a': None}"),
         (dict(type="nn.resnet.ResNet", stem=None), "config.stem is None; it must be of type str"),

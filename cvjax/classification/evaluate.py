@@ -34,7 +34,8 @@ class Confusion:
         """
         if mistakes < 0:
             raise InputError(f"mistakes is {mistakes}; it cannot be negative")
-        self.class_names, self.mistakes = class_names, mistakes
+        self.class_names = None if class_names is None else list(map(str, class_names))
+        self.mistakes = mistakes
         self.matrix: np.ndarray | None = None
         self._worst: list[tuple[float, int, np.ndarray]] = []
         self._seen = 0

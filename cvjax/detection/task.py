@@ -1,5 +1,6 @@
 """Object detection: images to boxes, labels and scores, and to masks and keypoints."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.checks import check_channels, check_labels
+from cvjax.checks import check_between, check_channels, check_labels
 from cvjax.detection.boxes import clip
 from cvjax.errors import InputError
 from cvjax.nn.train_pass import accepted, train_pass
@@ -57,6 +58,9 @@ class Detection:
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
     shown_score: float = 0.5
+
+    def __post_init__(self):
+        check_between(0, math.inf, **{f"weights.{k}": v for k, v in self.weights.items()})
 
     @property
     def objectives(self) -> Sequence[Objective]:

@@ -1,5 +1,6 @@
 """Several predictions from one backbone, trained together."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from clu.metrics import Average
 
-from cvjax.checks import check_channels
+from cvjax.checks import check_between, check_channels
 from cvjax.errors import InputError, naming_fields, nearest
 from cvjax.nn.features import ordered_features
 from cvjax.nn.train_pass import train_pass
@@ -91,6 +92,7 @@ class MultiTask:
         for name, head in self.heads.items():
             if not isinstance(head, Head):
                 raise InputError(f"MultiTask: heads.{name} is {head!r}; it must be a Head")
+            check_between(0, math.inf, **{f"MultiTask: heads.{name}.weight": head.weight})
         if self.weighting not in WEIGHTINGS:
             raise InputError(
                 f"MultiTask: weighting is {self.weighting!r}{nearest(self.weighting, WEIGHTINGS)}"

@@ -5,7 +5,8 @@ which `pickle.load` obeys. Here the program is interpreted instead. Dictionaries
 strings are built; a function that it names is never looked up: a name is a pair of strings, and of
 those that NumPy writes for arrays and numbers the meaning is coded below. So is that of what
 training scripts save beside them: an `argparse.Namespace` (whose attributes are left out), a set (a
-list). A file that asks for anything else is refused.
+list), an OrderedDict, a defaultdict and a Counter (dictionaries). A file that asks for anything
+else is refused.
 """
 
 import io
@@ -187,6 +188,15 @@ def called(function: Name, arguments: tuple) -> Any:
             if arguments and arguments != ([],):
                 raise Refused("it makes an OrderedDict of something")
             return {}
+        case ("collections", "defaultdict"):  # its factory is a name, or None
+            if len(arguments) > 1 or not all(isinstance(x, Name | None) for x in arguments):
+                raise Refused("it makes a defaultdict of something")
+            return {}
+        case ("collections", "Counter"):
+            (counts,) = arguments or ({},)
+            if not isinstance(counts, dict):
+                raise Refused("it makes a Counter of something")
+            return dict(counts)
         case ("__builtin__" | "builtins", "set" | "frozenset"):
             # Not a set: to hash its members could be endless.
             (members,) = arguments or ([],)

@@ -207,6 +207,8 @@ def _called(function: Name, arguments: tuple) -> Any:
 
 def _storage(description: Any) -> _Storage:
     """What torch's pickles say in the place of numbers that stand elsewhere in the file."""
+    if description[0] == "module":  # the older format tells of each class
+        raise Refused("it holds a whole module, not weights alone; save the state_dict()")
     kind, storage_type, key, _, length, *view = description
     if kind != "storage" or not isinstance(storage_type, Name):
         raise ValueError("a reference to something other than numbers")

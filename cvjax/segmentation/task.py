@@ -1,5 +1,6 @@
 """Semantic segmentation: a softmax over classes at every pixel."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.checks import check_channels, check_labels
+from cvjax.checks import check_between, check_channels, check_labels
 from cvjax.errors import InputError, nearest
 from cvjax.nn.train_pass import train_pass
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
@@ -62,7 +63,8 @@ class Segmentation:
         for name, loss in self.losses.items():
             if not callable(loss):
                 raise InputError(f"losses.{name} is {loss!r}; it must be a function")
-        for name in self.weights or {}:
+        for name, weight in (self.weights or {}).items():
+            check_between(0, math.inf, **{f"weights.{name}": weight})
             if name not in self.losses:
                 raise InputError(f"weights: no loss is named {name!r}{nearest(name, self.losses)}")
 

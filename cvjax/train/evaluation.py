@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from cvjax.data.loader import Loader
-from cvjax.errors import naming_fields
+from cvjax.errors import InputError, naming_fields
 from cvjax.train import sharding
 from cvjax.train.metrics import means, pairs
 from cvjax.train.state import TrainState
@@ -101,7 +101,12 @@ class Evaluation:
                 pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
         found = means(sums)
         for name, evaluator in evaluators.items():
-            found |= {f"{name}/{metric}": value for metric, value in evaluator.result().items()}
+            for metric, value in evaluator.result().items():
+                if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+                    raise InputError(
+                        f"evaluators.{name} gave {value!r} for {metric}; it must be a number"
+                    )
+                found[f"{name}/{metric}"] = value
             if hasattr(evaluator, "pictures"):
                 pictures |= evaluator.pictures()
         return found, pictures

@@ -148,6 +148,8 @@ def fit(
     for name, one in (evaluators or {}).items():
         if not isinstance(one, Evaluator):
             raise InputError(f"evaluators.{name} is {one!r}; it must have add and result")
+    if evaluators and eval_data is None and task.objectives:
+        log.warning("nothing is evaluated: there are evaluators, but no held-out data")
     check_choice(("jit", "pmap"), parallel=parallel)
     check_choice(("max", "min"), best_mode=best_mode)
     if best is not None and eval_data is None and task.objectives:
@@ -249,7 +251,24 @@ def fit(
 
         with Signals() as signals, Progress(total // micro, position // micro) as progress:
             batches = _timed(train_loader.iterate(position), progress)
+
+            def evaluated(update: int) -> dict[str, float]:
+                with progress.paused():
+                    found, pictures = evaluate_state(state)
+                row = {f"eval/{name}": value for name, value in found.items()}
+                progress.show(update, row, force=True)
+                _record(writer, history, update, row)
+                writer.write_images(step=update, images=pictures)
+                writer.flush()
+                if best is not None and best not in found:
+                    raise InputError(
+                        f"best is {best!r}, which was not evaluated{nearest(best, found)}"
+                    )
+                return found
+
             try:
+                if position == total and eval_loader is not None and not _is_evaluated(history):
+                    evaluated(total // micro)  # That of a run that ended just before.
                 while position < total and not signals.stops(position):
                     state, metrics = compiled(state, sharding.put_batch(next(batches), mesh))
                     position += 1
@@ -269,17 +288,7 @@ def fit(
                         _record(writer, history, update, row)
                     found = {}
                     if evaluating and eval_loader is not None:
-                        with progress.paused():
-                            found, pictures = evaluate_state(state)
-                        row = {f"eval/{name}": value for name, value in found.items()}
-                        progress.show(update, row, force=True)
-                        _record(writer, history, update, row)
-                        writer.write_images(step=update, images=pictures)
-                        writer.flush()
-                        if best is not None and best not in found:
-                            raise InputError(
-                                f"best is {best!r}, which was not evaluated{nearest(best, found)}"
-                            )
+                        found = evaluated(update)
                     every = checkpoint_every or evaluate_every
                     if ends or (every and update % every == 0):
                         save(metrics=found)
@@ -301,6 +310,12 @@ def _record(writer: Several, history: list, step: int, row: dict[str, float]) ->
         writer.write_scalars(step=step, scalars=row)  # the history is the first writer's rows
     else:
         history.append({"step": step, **row})
+
+
+def _is_evaluated(history: list[dict[str, float]]) -> bool:
+    """Whether the newest step in the history is one that was evaluated."""
+    newest = [row for row in history if row["step"] == history[-1]["step"]]
+    return any(name.startswith("eval/") for row in newest for name in row)
 
 
 def _timed(batches: Iterator, progress: Progress) -> Iterator:

@@ -48,7 +48,7 @@ def test_confusion_and_accuracy_of_classes():
 
 def test_two_classes_of_one_name():
     """ImageNet has two cranes."""
-    evaluator = Confusion(class_names=["crane", "crane", "tit"])
+    evaluator = Confusion(class_names=np.array(["crane", "crane", "tit"]))
     probabilities = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     batch = {
         "label": np.array([0, 1, 1]),

@@ -115,6 +115,7 @@ def test_arrays_get_a_channel_axis_and_narrow_types():
         ({"image": np.full((1, 2, 2), np.nan)}, "values from nan"),
         ({"image": np.zeros((1, 2, 2), np.int32)}, "dtype int32; they must be uint8, or"),
         ({"image": np.zeros((4, 2), np.uint8)}, r"not \[4, 2\]"),
+        ({"image": np.zeros((2, 1, 28, 28), np.uint8)}, r"\[2, 1, 28, 28\]: channels come last"),
     ],
 )
 def test_arrays_that_cannot_be_used(fields, message):
@@ -185,16 +186,17 @@ def test_folders_are_classes_and_files_are_sorted(tmp_path):
     save(tmp_path / "dog" / "a" / "deep.bmp", picture(4, 5, 2))
     save(tmp_path / "cat" / "c.png", picture(4, 5, 3))
     save(tmp_path / "cat" / "c.webp", picture(4, 5, 4), lossless=True)
+    save(tmp_path / "cat" / "d.tif", picture(4, 5, 5))
     (tmp_path / "cat" / "readme.txt").write_text("no image")
     (tmp_path / "cat" / "._c.png").write_text("no image either")
     (tmp_path / ".hidden").mkdir()
     save(tmp_path / "dog" / ".ipynb_checkpoints" / "b-checkpoint.png", picture(4, 5, 1))
     source = Folder(tmp_path)
-    assert source.class_names == ("cat", "dog") and len(source) == 4
-    assert [int(source[i]["label"]) for i in range(4)] == [0, 0, 1, 1]
-    for i, seed in enumerate((3, 4, 2, 1)):
+    assert source.class_names == ("cat", "dog") and len(source) == 5
+    assert [int(source[i]["label"]) for i in range(5)] == [0, 0, 0, 1, 1]
+    for i, seed in enumerate((3, 4, 5, 2, 1)):
         np.testing.assert_array_equal(source[i]["image"], picture(4, 5, seed))
-    assert source.example_id(3) == str(tmp_path / "dog" / "b.PNG")
+    assert source.example_id(4) == str(tmp_path / "dog" / "b.PNG")
     assert source[0]["label"].dtype == np.int32
     assert_same_records(pickle.loads(pickle.dumps(source)), source)
 
@@ -321,6 +323,14 @@ def test_of_16_bits_the_higher_8_are_kept(tmp_path):
     np.testing.assert_array_equal(read[..., 0], levels >> 8)
     pair = PairReader(channels=1).read(file, tmp_path / "a" / "1.png")
     np.testing.assert_array_equal(pair["image"][..., 0], levels >> 8)
+
+
+def test_levels_that_are_floats_are_refused(tmp_path):
+    """Pillow alone would make black of all in [0, 1]."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 5), 0.5, np.float32)).save(tmp_path / "a" / "0.tiff")
+    with pytest.raises(InputError, match=r"0\.tiff: its levels are floats"):
+        Folder(tmp_path)[0]
 
 
 def test_folders_that_cannot_be_used(tmp_path):

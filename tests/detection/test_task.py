@@ -282,6 +282,8 @@ def test_a_label_that_is_no_class_is_not_passed_over():
 
 
 def test_weights_of_losses_that_are_not_there():
+    with pytest.raises(InputError, match=r"weights\.box is -2\.0; it must be at least 0"):
+        Detection(detector("fcos"), weights={"box": -2.0})
     task, batch = Detection(detector("fcos"), weights={"box": 2.0, "boxes": 1.0}), batch_of()
     with pytest.raises(
         InputError, match="weights has 'boxes', .* there are: box, centerness, class"

@@ -1,5 +1,6 @@
 """Several heads: the weights, the metrics, what is not valid, and equality with one head alone."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -193,6 +194,8 @@ def test_what_cannot_be_trained():
         MultiTask(Backbone(), {"present": PRESENT}, "uncertain")
     with pytest.raises(InputError, match=r"heads\.pixels is None; it must be a Head"):
         MultiTask(Backbone(), {"present": PRESENT, "pixels": None})
+    with pytest.raises(InputError, match=r"heads\.present\.weight is -1; it must be at least 0"):
+        MultiTask(Backbone(), {"present": dataclasses.replace(PRESENT, weight=-1)})
     with pytest.raises(InputError, match="outputs is 0"):
         Pooled(0)
     with pytest.raises(InputError, match=r"present is \[2, 3\]; for scores \[2, 2\]"):

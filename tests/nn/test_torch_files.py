@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import time
 import zipfile
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -59,15 +60,19 @@ def test_what_training_scripts_save_beside_the_weights(tmp_path):
     file = tmp_path / "weights.pth"
     as_zip(file, b"\x80\x02}(" + items + b"u.", **{"data/0": bytes(16)})
     root = read_torch(file)
-    assert root["args"] == {}
+    assert root["args"] == {} and read_weights(file)["w"].shape == (4,)
     assert root["d"] == "cuda:0" and root["s"] == ([1, "a"], [2], [3])
-    assert read_weights(file)["w"].shape == (4,)
+    counts = Counter("aba"), defaultdict(list, a=[1]), defaultdict(None)
+    as_zip(file, pickle.dumps(counts, 2))
+    assert read_torch(file) == ({"a": 2, "b": 1}, {"a": [1]}, {})
     # The same words for another class are refused; so is one with arguments.
     for other in (
         options.replace(b"Namespace", b"FileType"),
         options.replace(b")\x81", b"K\x01\x85\x81"),
         b"cargparse\nNamespace\n)R",
         b"ctorch\ndevice\n]\x85R",
+        b"ccollections\ndefaultdict\n]\x85R",
+        b"ccollections\nCounter\n]\x85R",
     ):
         assert other != options
         as_zip(file, b"\x80\x02" + other + b".")
@@ -156,6 +161,13 @@ INNOCENT_LOOKS = {
 def test_all_else_that_is_no_data_is_refused(name, tmp_path):
     as_zip(tmp_path / "weights.pth", INNOCENT_LOOKS[name])
     with pytest.raises(InputError, match=r"weights\.pth (is refused|is not a whole file)"):
+        read_weights(tmp_path / "weights.pth")
+
+
+def test_a_whole_module_in_the_older_format_is_refused_as_one(tmp_path):
+    module = b"(X\x06\x00\x00\x00moduleca\nNet\nX\x01\x00\x00\x00aX\x01\x00\x00\x00btQ."
+    as_legacy(tmp_path / "weights.pth", b"\x80\x02" + module)
+    with pytest.raises(InputError, match=r"a whole module, not weights alone; save the state_dict"):
         read_weights(tmp_path / "weights.pth")
 
 

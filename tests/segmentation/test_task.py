@@ -219,5 +219,7 @@ def test_losses_that_cannot_be_added():
         Segmentation(Linear(), {"accuracy": dice})
     with pytest.raises(InputError, match="no loss is named 'dise' .did you mean dice"):
         Segmentation(Linear(), {"dice": dice}, {"dise": 1.0})
+    with pytest.raises(InputError, match=r"weights\.dice is -1; it must be at least 0"):
+        Segmentation(Linear(), {"dice": dice}, {"dice": -1})
     with pytest.raises(InputError, match=r"losses\.dice is None; it must be a function"):
         Segmentation(Linear(), {"dice": None})

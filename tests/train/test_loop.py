@@ -222,6 +222,31 @@ def test_what_was_trained_is_not_lost_when_it_cannot_be_evaluated(tmp_path):
     assert [step for step in steps if step > 2] == [4, 4]
 
 
+def test_the_last_evaluation_is_made_up_for(tmp_path):
+    options = dict(
+        steps=2, batch_size=8, optimizer=optax.sgd(0.1), eval_data=Linear(21),
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no such class"):
+        fit(Regression(), Linear(), evaluators={"fails": Fails()}, **options)
+    for _ in range(2):  # the second time there is nothing left to do
+        result = fit(Regression(), Linear(), evaluators={"count": Count()}, **options)
+        evaluated = [row for row in result.history if "eval/count/seen" in row]
+        assert int(result.state.step) == 2 and [row["step"] for row in evaluated] == [2]
+
+
+def test_evaluators_give_numbers_and_need_held_out_data(caplog):
+    class Text(Count):
+        def result(self):
+            return {"best": "cat"}
+
+    options = dict(steps=1, batch_size=8, optimizer=optax.sgd(0.1), evaluators={"text": Text()})
+    with pytest.raises(InputError, match=r"evaluators\.text gave 'cat' for best; .* a number"):
+        fit(Regression(), Linear(), eval_data=Linear(21), **options)
+    fit(Regression(), Linear(), **options)
+    assert "there are evaluators, but no held-out data" in caplog.text
+
+
 def test_pictures_of_evaluators_stand_beside_those_of_the_task(tmp_path):
     fit(
         Regression(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1),

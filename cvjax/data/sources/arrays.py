@@ -22,7 +22,8 @@ class Arrays:
             and float64 becomes float32, as they would in JAX.
 
     Raises:
-        InputError: no fields, unequal lengths, or an image of another type, range or shape.
+        InputError: no fields, unequal lengths, or an image of another type, range or shape, or
+            with its channels first.
     """
 
     fields: Mapping[str, np.ndarray]
@@ -111,6 +112,11 @@ def _images(images: np.ndarray) -> np.ndarray:
         raise InputError(
             f"images are [n, height, width, channels] or [n, height, width], not "
             f"{list(images.shape)}"
+        )
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise InputError(
+            f"images are {list(images.shape)}: channels come last, [n, height, width, channels]; "
+            "np.moveaxis(images, 1, -1) puts them there"
         )
     if images.dtype != np.uint8:
         check_unit(images, "they must be uint8, or floats in [0, 1]")

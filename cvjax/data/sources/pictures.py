@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cvjax.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def files_below(folder: pathlib.Path, suffixes: Sequence[str]) -> list[pathlib.Path]:
@@ -65,9 +65,12 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
     """An opened file with 1 or 3 channels of 8 bits, turned as its EXIF orientation says.
 
     Of grey levels of 16 bits the higher 8 are kept, as Pillow does with colours of 16 bits;
-    its own conversion would make white of all that is above 255.
+    its own conversion would make white of all that is above 255. Floats, which may have any range,
+    are a ValueError.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its levels are floats; they must be whole numbers of 8 or 16 bits")
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))

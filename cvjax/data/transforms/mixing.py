@@ -140,9 +140,10 @@ def _mixed(
 ) -> Mixed:
     images = jnp.asarray(images)
     partner = _partners(rng, images, valid)
-    # Weights as whole numbers would all be 0 or 1: images of whole numbers become float32.
-    own = weights.astype(images.dtype) if jnp.issubdtype(images.dtype, jnp.floating) else weights
-    return Mixed(own * images + (1 - own) * images[partner], partner, share)
+    # In float32, with the share that the targets get; images of whole numbers stay so.
+    mixed = weights * images + (1 - weights) * images[partner]
+    is_float = jnp.issubdtype(images.dtype, jnp.floating)
+    return Mixed(mixed.astype(images.dtype) if is_float else mixed, partner, share)
 
 
 def _partners(rng: jax.Array, images: jax.Array, valid: jax.Array | None) -> jax.Array:

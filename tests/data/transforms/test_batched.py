@@ -79,6 +79,16 @@ def test_rectangles_of_cutmix_are_clipped_at_every_edge_and_reach_the_corners():
     assert 0.2 < 1 - np.asarray(mixed.share).mean() < 0.5
 
 
+def test_images_of_half_precision_are_mixed_by_the_share_of_their_targets():
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(16, 3, 3, 1)), jnp.bfloat16)
+    mixed = jax.jit(mixing.mixup)(images, jax.random.key(0))
+    own, share = images.astype(jnp.float32), mixed.share[:, None, None, None]
+    exact = share * own + (1 - share) * own[mixed.partner]
+    assert mixed.images.dtype == jnp.bfloat16
+    # Half a unit in the last of 8 bits; with a share that is rounded, too, it is three times that.
+    np.testing.assert_allclose(np.float32(mixed.images), exact, rtol=2**-8, atol=0)
+
+
 def test_shares_of_mixup_are_from_the_beta_distribution():
     for alpha in (0.1, 5.0):
         mix = partial(mixing.mixup, alpha=alpha)
