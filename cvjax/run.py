@@ -150,7 +150,6 @@ def _built(config: ConfigDict, built: dict[str, Any], mode: str) -> dict[str, An
     # The data path alone (`train.noop.NoOp`) evaluates nothing.
     evaluators = (plain.get("evaluators") or {}) if built["task"].objectives else {}
     check_num_classes(evaluators, data.get("test"), "config.data.test", "config.evaluators")
-    check_sigmas(evaluators, data.get("test"))
     check_class_names(data.get("train"), data.get("test"))
     loader = {name: value for name, value in data.items() if name not in ("train", "test")}
     loader["transforms"] = tuple((loader.get("transforms") or {}).values())
@@ -213,19 +212,6 @@ def check_num_classes(task: Any, source: Any, where: str, path: str = "config.ta
                 f"set --{path}.num_classes={len(classes)}"
             )
         check_num_classes(value, source, where, f"{path}.{name}")
-
-
-def check_sigmas(evaluators: Mapping[str, Any], source: Any) -> None:
-    """Raises InputError where keypoints are evaluated with another number of sigmas."""
-    points = getattr(source, "keypoint_names", None)
-    for name, settings in evaluators.items():
-        if points and settings and "keypoints" in (settings.get("parts") or ()):
-            count = len(settings.get("sigmas") or range(17))  # without any they are those of COCO
-            if count != len(points):
-                raise InputError(
-                    f"config.evaluators.{name}.sigmas has {count} numbers, but config.data.test "
-                    f"has {len(points)} keypoints: give one for each"
-                )
 
 
 def check_class_names(train: Any, test: Any) -> None:

@@ -89,7 +89,7 @@ BAD = {
         "config.evaluators.coco.num_classes is 7, but config.data.test has 10 classes"),
     "sigmas": (
         [f"--config={ROOT}/configs/keypoint_rcnn.py", "--config.evaluators.coco.sigmas=(0.05,0.1)"],
-        "config.evaluators.coco.sigmas has 2 numbers, but config.data.test has 4 keypoints"),
+        "evaluators.coco: there are 4 keypoints but 2 sigmas"),
     "alone": (["--distributed"], "leave the flag out"),
     "setting of a transform": (
         [f"--config={CLASSIFICATION}", f"{AFFINE}.degrees=-1"], "degrees is -1.0; it must be in"),

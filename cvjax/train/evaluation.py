@@ -19,7 +19,8 @@ from cvjax.train.task import Task
 class Evaluator(Protocol):
     """Needs the outputs for the whole set; must leave out examples that are not `valid`.
 
-    Each evaluation works with a deep copy of what `fit` was given, as it was given.
+    Each evaluation works with a deep copy of what `fit` was given, as it was given. Before it
+    trains, `fit` shows one the first batch with outputs of zeros: what it misses is told then.
     One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
     """
 
@@ -67,7 +68,7 @@ class Evaluation:
         self.measure = jax.jit(measure, out_shardings=whole)
         self.visualize = jax.jit(task.visualize, out_shardings=whole)
 
-    def trace(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> list[str]:
+    def rehearse(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> list[str]:
         """Traces what an evaluation runs, of shapes alone: it raises what that would raise.
 
         Returns the names of the task's own metrics.
@@ -76,8 +77,11 @@ class Evaluation:
         shapes = sharding.shapes_of_batch(batch, 1, self.mesh)
         place = sharding.shapes_of_batch(places(batch, 0), 1, self.mesh)
         keys = self.rng, prediction_key(self.rng)
-        metrics, _ = jax.eval_shape(self.measure, params, model_state, shapes, place, *keys)
+        metrics, outputs = jax.eval_shape(self.measure, params, model_state, shapes, place, *keys)
         jax.eval_shape(self.visualize, params, model_state, shapes, self.rng)
+        outputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), outputs)
+        for name, evaluator in self.evaluators.items():
+            _add(name, copy.deepcopy(evaluator), outputs, batch)
         return list(metrics)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -95,8 +99,7 @@ class Evaluation:
             sums.append(pairs(metrics))
             outputs = jax.device_get(outputs)
             for name, evaluator in evaluators.items():
-                with naming_fields(f"evaluators.{name}", outputs, batch):
-                    evaluator.add(outputs, batch)
+                _add(name, evaluator, outputs, batch)
             if number == 0:
                 pictures = jax.device_get(self.visualize(params, model_state, on_device, rng))
         found = means(sums)
@@ -110,6 +113,14 @@ class Evaluation:
             if hasattr(evaluator, "pictures"):
                 pictures |= evaluator.pictures()
         return found, pictures
+
+
+def _add(name: str, evaluator: Evaluator, outputs: Mapping, batch: Mapping) -> None:
+    try:
+        with naming_fields("it", outputs, batch):
+            evaluator.add(outputs, batch)
+    except InputError as error:
+        raise InputError(f"evaluators.{name}: {error}") from error
 
 
 def places(batch: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ from cvjax.train.optimizer import Optimizer, micro_batches, updates_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.start import (
     example_batch,
+    first_batch,
     initialized,
     shapes_of,
     state_maker,
@@ -175,7 +176,7 @@ def fit(
     example = example_batch(task, data, batch_size, loader)
     if eval_data is not None:
         transforms = (loader or {}).get("eval_transforms", ())
-        held_out = example_batch(
+        held_out = first_batch(
             task, eval_data, batch_size, {**(loader or {}), "transforms": transforms}
         )
 
@@ -189,7 +190,7 @@ def fit(
     like = shapes_of(make_state, rng, example, mesh)
     jax.eval_shape(compiled, like, sharding.shapes_of_batch(example, scanned, mesh))
     try:
-        measured = evaluate_state.trace(like, held_out) if eval_data is not None else []
+        measured = evaluate_state.rehearse(like, held_out) if eval_data is not None else []
     except ScopeParamShapeError as error:  # such as colours where training has grey levels
         pairs = [(name, example[name].shape[1:], held_out[name].shape[1:]) for name in held_out]
         differ = [f"{name} {list(one)} and {list(two)}" for name, one, two in pairs if one != two]

@@ -20,17 +20,22 @@ from cvjax.train.task import Task
 log = logging.getLogger("cvjax")
 
 
-def example_batch(
+def first_batch(
     task: Task, data: Any, batch_size: int, loader: Mapping[str, Any] | None
 ) -> dict[str, np.ndarray]:
-    """A batch of zeros of the right shapes; a task with a `check` may refuse the real one."""
+    """The first batch, which a task with a `check` may refuse."""
     # Where reading fails, as the run itself does; but without its threads and processes.
     names = ("transforms", "retries", "backoff", "bad_budget")
     options = {name: loader[name] for name in names if name in (loader or {})}
     batch = next(Loader(data, batch_size, last="pad", **options).iterate())
     if hasattr(task, "check"):
         task.check(batch)
-    return jax.tree.map(np.zeros_like, batch)
+    return batch
+
+
+def example_batch(*of: Any) -> dict[str, np.ndarray]:
+    """A batch of zeros of the same shapes, after the same checks."""
+    return jax.tree.map(np.zeros_like, first_batch(*of))
 
 
 def state_maker(

@@ -199,14 +199,20 @@ class NeedsMask(Count):
         return batch["mask"]
 
 
-def test_a_field_that_an_evaluator_misses_is_named():
+def test_a_field_that_an_evaluator_misses_is_named_before_training(tmp_path):
+    options = dict(batch_size=8, evaluators={"iou": NeedsMask()})
+    message = r"evaluators\.iou: it needs a field 'mask' .there are: .*x"
+    training = dict(steps=1, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        fit(Regression(), Linear(), eval_data=Linear(8), **training, **options)
+    assert not (tmp_path / "run").exists()
     state = fit(Regression(), Linear(), steps=1, batch_size=8, optimizer=optax.sgd(0.1)).state
-    with pytest.raises(InputError, match=r"evaluators\.iou needs a field 'mask' .there are: .*x"):
-        evaluate(Regression(), state, Linear(8), batch_size=8, evaluators={"iou": NeedsMask()})
+    with pytest.raises(InputError, match=message):
+        evaluate(Regression(), state, Linear(8), **options)
 
 
 class Fails(Count):
-    def add(self, outputs, batch):
+    def result(self):
         raise InputError("no such class")
 
 
