@@ -137,7 +137,7 @@ def main() -> None:
             cells = []
             for name, (task, ragged) in LOSSES.items():
                 if way == "gradient cache" and name != "contrastive":
-                    cells.append("")
+                    cells.append("-")
                     continue
                 state, step = build(way, task, mesh)
                 pieces = batches(way, ragged, mesh)
