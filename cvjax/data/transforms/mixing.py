@@ -140,7 +140,7 @@ def _mixed(
 ) -> Mixed:
     images = jnp.asarray(images)
     partner = _partners(rng, images, valid)
-    # In float32, with the share that the targets get; images of whole numbers stay so.
+    # In float32, with the very share of the targets; images of whole numbers become float32.
     mixed = weights * images + (1 - weights) * images[partner]
     is_float = jnp.issubdtype(images.dtype, jnp.floating)
     return Mixed(mixed.astype(images.dtype) if is_float else mixed, partner, share)
