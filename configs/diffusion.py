@@ -49,14 +49,17 @@ def get_config(tiny: bool = False) -> ConfigDict:
         ),
         process=dict(
             type="diffusion.process.FlowMatching",
-            prediction="velocity",
+            prediction="x0",
             times=dict(type="diffusion.process.logit_normal", mean=0.3, std=1.0),
         ),
+        weighting=dict(type="diffusion.losses.edm", sigma_data=0.5),  # of x_0: SNR + 4
         num_classes=10,
         image_shape=(28, 28, 1),
         class_dropout=0.05,
         guidance=2.0,
-        sampler=dict(type="diffusion.samplers.dpm_solver_2m"),
+        sampler=dict(
+            type="diffusion.samplers.dpm_solver_2m", times=dict(type="diffusion.grids.quadratic")
+        ),
         sample_steps=25,
     )
     config.optimizer = dict(

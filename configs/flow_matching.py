@@ -47,16 +47,16 @@ def get_config(tiny: bool = False) -> ConfigDict:
         ),
         process=dict(
             type="diffusion.process.FlowMatching",
-            prediction="velocity",
+            prediction="x0",
             times=dict(type="diffusion.process.logit_normal", mean=0.3, std=1.0),
         ),
-        weighting=None,
+        weighting=dict(type="diffusion.losses.edm", sigma_data=0.5),  # of x_0: SNR + 4
         coupling=dict(type="diffusion.coupling.optimal_coupling"),
         num_classes=10,
         image_shape=(28, 28, 1),
         class_dropout=0.05,
         guidance=1.0,
-        sampler=dict(type="diffusion.samplers.heun"),
+        sampler=dict(type="diffusion.samplers.heun", times=dict(type="diffusion.grids.quadratic")),
         sample_steps=13,
     )
     config.optimizer = dict(

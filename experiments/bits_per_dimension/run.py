@@ -26,7 +26,6 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import main
 from cvjax.diffusion.likelihood import bits_per_dimension, dequantize, ode_log_likelihood, vlb
 from cvjax.diffusion.process import logit_normal
 from cvjax.diffusion.samplers import example_keys
@@ -36,8 +35,8 @@ from cvjax.train.loop import fit
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
 from cvjax.train.step import warmed_up_decay
+from experiments.recipes import told, trained
 
-ROOT = Path(__file__).parents[2]
 PART = 50  # digits at once
 VLB_STEPS, ODE_STEPS = 64, 20  # 64 and 80 evaluations of the network
 
@@ -99,25 +98,26 @@ def report(name: str, bits: np.ndarray) -> None:
     print(f"| {name} | {' | '.join(told)} |", flush=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/diffusion")
-    parser.add_argument("--count", type=int, default=200, help="held-out digits, times of 50")
-    parser.add_argument("--steps", type=int, default=400, help="on dequantized digits; 0 for none")
-    flags = parser.parse_args()
-    if flags.count < 50 or flags.count % 50 or flags.steps < 0:
-        parser.error("--count must be a multiple of 50, at least 50; --steps at least 0")
-    if not (flags.workdir / "config.json").exists():
-        config = f"--config={ROOT}/configs/diffusion.py"
-        if code := main.main([config, f"--workdir={flags.workdir}"]):
-            sys.exit(code)
-    task, state, train, test = load_run(flags.workdir)
-    chosen = [test[i] for i in np.random.default_rng(0).permutation(len(test))[: flags.count]]
+def run(workdir: Path, count: int, steps: int) -> None:
+    """Prints the table."""
+    task, state, train, test = load_run(workdir)
+    chosen = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:count]]
     pixels, labels = (np.stack([record[name] for record in chosen]) for name in ("image", "label"))
     print("| network | VLB | ODE | VLB - ODE |\n|---|---|---|---|")
     report(
         "as it was trained, on grey levels", measure(task, state.averaged_params, pixels, labels)
     )
-    if flags.steps:
-        later = trained_on(task, train, flags.workdir, flags.steps)
-        report(f"after {flags.steps} steps on dequantized digits", measure(*later, pixels, labels))
+    if steps:
+        later = trained_on(task, train, workdir, steps)
+        report(f"after {steps} steps on dequantized digits", measure(*later, pixels, labels))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, help="of the main job")
+    parser.add_argument("--count", type=int, default=200, help="held-out digits, times of 50")
+    parser.add_argument("--steps", type=int, default=400, help="on dequantized digits; 0 for none")
+    flags = parser.parse_args()
+    if flags.count < 50 or flags.count % 50 or flags.steps < 0:
+        parser.error("--count must be a multiple of 50, at least 50; --steps at least 0")
+    told(lambda: run(trained("diffusion", flags.workdir), flags.count, flags.steps))

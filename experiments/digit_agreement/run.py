@@ -1,9 +1,9 @@
 """Does a judge recognize the digits that the main job was asked for?
 
-    python experiments/digit_agreement/run.py --workdir=runs/diffusion
+    python experiments/digit_agreement/run.py
 
-trains the main job there if it has not been trained, trains the judge (configs/classification.py,
-another seed) in runs/judge, and asks it about four sets of 500 class-conditional samples.
+trains the main job in runs/diffusion and the judge (configs/classification.py, another seed) in
+runs/judge if they are not there, and asks about four sets of 500 class-conditional samples.
 """
 
 import argparse
@@ -18,25 +18,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import main
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
+from experiments.recipes import told, trained, trained_judge
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
+def run(workdir: Path | None, judge_workdir: Path | None, seed: int) -> dict[str, Any]:
     """Returns the judge's own accuracy, and the agreement by guidance weight."""
-    for config, folder, flags in (
-        ("diffusion", workdir, []),
-        ("classification", judge_workdir, ["--config.seed=100"]),
-    ):
-        if not (folder / "config.json").exists():
-            arguments = [f"--config={ROOT}/configs/{config}.py", f"--workdir={folder}", *flags]
-            if code := main.main(arguments):
-                sys.exit(code)
-    task, state, *_ = load_run(workdir)
-    judge, judge_state, _, held_out = load_run(judge_workdir)
+    task, state, *_ = load_run(trained("diffusion", workdir))
+    judge, judge_state, _, held_out = load_run(trained_judge(judge_workdir))
     found, _ = evaluate(judge, judge_state, held_out, batch_size=100)
     result = {"judge accuracy on the held-out digits": found["accuracy"]}
 
@@ -67,8 +57,8 @@ def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/diffusion")
-    parser.add_argument("--judge", type=Path, default=ROOT / "runs/judge")
+    parser.add_argument("--workdir", type=Path, help="of the main job")
+    parser.add_argument("--judge", type=Path, help="a classifier's workdir")
     parser.add_argument("--seed", type=int, default=1, help="of the first set")
     flags = parser.parse_args()
-    print(json.dumps(run(flags.workdir, flags.judge, flags.seed), indent=2))
+    told(lambda: print(json.dumps(run(flags.workdir, flags.judge, flags.seed), indent=2)))

@@ -22,7 +22,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import main
 from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
@@ -37,17 +36,12 @@ from cvjax.nn.pretrained import load_pretrained
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
 from cvjax.train.restore import load_params
-
-ROOT = Path(__file__).parents[2]
-RUNS = ROOT / "runs"
+from experiments.recipes import RUNS, changes_in, told, trained_judge
 
 
-def judge(workdir: Path = RUNS / "judge", seed: int = 100) -> Extractor:
-    """The features "digits": those of the classifier in `workdir`, trained there if need be."""
-    if not (workdir / "config.json").exists():
-        recipe = f"--config={ROOT}/configs/classification.py"
-        if main.main([recipe, f"--workdir={workdir}", f"--config.seed={seed}"]):
-            raise InputError(f"the judge in {workdir} was not trained to its end")
+def judge(given: Path | None = None) -> Extractor:
+    """The features "digits": those of a classifier, trained in runs/judge if none is given."""
+    workdir = trained_judge(given)
     task = build(configs.buildable(configs.load_json(workdir / "config.json")))["task"]
     return Extractor(
         "digits", task.model, functools.partial(load_params, path=workdir), mean=task.mean,
@@ -130,15 +124,11 @@ def main_of(arguments: list[str]) -> dict[str, float]:
     parser.add_argument("--train", type=Path, help="a folder of real images, with classes")
     parser.add_argument("--held_out", type=Path, help="a folder of other real images")
     parser.add_argument("--inception", type=Path, help="weights of the Inception network")
-    parser.add_argument("--judge", type=Path, default=RUNS / "judge")
+    parser.add_argument("--judge", type=Path, help="a classifier's workdir")
     parser.add_argument("--cache", type=Path, default=RUNS / "features")
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     flags, others = parser.parse_known_args(arguments)
-    for other in others:
-        if not other.startswith("--config.") or "=" not in other:
-            raise InputError(f"there is no flag {other}; a field is --config.x.y=z")
-    changes = [tuple(other.removeprefix("--config.").split("=", 1)) for other in others]
-    found = score(flags, changes)
+    found = score(flags, changes_in(others))
     width = max(map(len, found))
     print(f"{'':{width}}  samples     real")
     for name, value in found.items():
@@ -150,8 +140,4 @@ def main_of(arguments: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main_of(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)  # as main.py
+    told(lambda: main_of(sys.argv[1:]))

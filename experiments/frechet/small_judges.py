@@ -24,6 +24,7 @@ from cvjax.evaluation.samples import SampleQuality
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
 from cvjax.train.loop import fit
+from experiments.recipes import changes_in, told
 
 
 class Judge(nn.Module):
@@ -47,6 +48,7 @@ class Judge(nn.Module):
 
 def main(workdirs: list[Path], changes: list[tuple[str, str]]) -> None:
     """Prints a row for each generator and judge."""
+    runs = [load_run(workdir, changes) for workdir in workdirs]
     train, test, some = Digits("train"), Digits("test"), Digits("test", per_class=50)
     judge, accuracies, qualities = Classification(Judge()), [], {}
     for seed in range(3):
@@ -59,8 +61,7 @@ def main(workdirs: list[Path], changes: list[tuple[str, str]]) -> None:
         qualities[str(seed)] = SampleQuality(extractor, train, some)
     print("| generator | judge's accuracy | samples | real digits | ratio | agreement |")
     print("|---|---|---|---|---|---|")
-    for workdir in workdirs:
-        task, state, *_ = load_run(workdir, changes)
+    for workdir, (task, state, *_) in zip(workdirs, runs, strict=True):
         found, _ = evaluate(task, state, some, batch_size=100, evaluators=qualities, seed=1)
         for seed, accuracy in zip(qualities, accuracies, strict=True):
             distance, floor = (found[f"{seed}/FD-small{of}"] for of in ("", "_real"))
@@ -78,7 +79,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--workdir", type=Path, required=True, nargs="+", help="of generators")
     flags, others = parser.parse_known_args()
-    for other in others:
-        if not other.startswith("--config.") or "=" not in other:
-            parser.error(f"there is no flag {other}; a field is --config.x.y=z")
-    main(flags.workdir, [tuple(other.removeprefix("--config.").split("=", 1)) for other in others])
+    told(lambda: main(flags.workdir, changes_in(others)))

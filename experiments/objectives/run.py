@@ -19,12 +19,14 @@ from cvjax.evaluation.samples import SampleQuality
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
 from experiments.frechet.run import judge
+from experiments.recipes import ROOT, RUNS, told
 
-ROOT = Path(__file__).parents[2]
-VP = ("task.process.type=diffusion.process.VariancePreserving",)
+PLAIN = ("task.weighting=None",)  # all errors count the same
+VP = (*PLAIN, "task.process.type=diffusion.process.VariancePreserving")
 # A recipe, what is changed in it, and all else as in the main job.
 OBJECTIVES = {
-    "flow matching, velocity": ("diffusion", ()),
+    "flow matching, x0, weighted": ("diffusion", ()),
+    "flow matching, velocity": ("diffusion", (*PLAIN, "task.process.prediction=velocity")),
     "VP cosine, v": (
         "diffusion",
         (*VP, "task.process.schedule=cosine", "task.process.prediction=v"),
@@ -32,7 +34,7 @@ OBJECTIVES = {
     "VP cosine, x0, min-SNR": (
         "diffusion",
         (
-            *VP, "task.process.schedule=cosine", "task.process.prediction=x0",
+            VP[-1], "task.process.schedule=cosine", "task.process.prediction=x0",
             "task.weighting.type=diffusion.losses.min_snr",
         ),
     ),
@@ -50,16 +52,14 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
-def run(steps: int, seeds: int, judge_workdir: Path) -> None:
+def run(steps: int, seeds: int, judge_workdir: Path | None) -> None:
     """Prints a row for each objective: the figures of each seed, and their means."""
     print("| objective | FD-digits | mean | agreement | mean |\n|---|---|---|---|---|")
     quality = None
     for name, (recipe, changes) in OBJECTIVES.items():
         rows = []
         for seed in range(seeds):
-            workdir = (
-                ROOT / "runs/objectives" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-            )
+            workdir = RUNS / "objectives" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
             common = (
                 f"seed={seed}", f"steps={steps}", f"evaluate_every={steps}", "task.guidance=1.0",
                 "task.sample_steps=25",
@@ -70,7 +70,7 @@ def run(steps: int, seeds: int, judge_workdir: Path) -> None:
                 sys.exit(code)
             task, state, train, test = load_run(workdir)
             if quality is None:
-                cache = ROOT / "runs/features"
+                cache = RUNS / "features"
                 quality = SampleQuality(judge(judge_workdir), train, test, cache=cache)
             found, _ = evaluate(
                 task, state, test, batch_size=100, evaluators={"of": quality}, seed=seed
@@ -89,8 +89,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--judge", type=Path, default=ROOT / "runs/judge")
+    parser.add_argument("--judge", type=Path, help="a classifier's workdir")
     flags = parser.parse_args()
     if min(flags.steps, flags.seeds) < 1:
         parser.error("--steps and --seeds must be at least 1")
-    run(flags.steps, flags.seeds, flags.judge)
+    told(lambda: run(flags.steps, flags.seeds, flags.judge))

@@ -21,7 +21,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import main
 from cvjax import draw
 from cvjax.diffusion import grids, samplers
 from cvjax.diffusion.samplers.adaptive import solve
@@ -29,8 +28,9 @@ from cvjax.errors import InputError
 from cvjax.evaluation.samples import SampleQuality
 from cvjax.run import load_run
 from experiments.frechet.run import judge
+from experiments.recipes import RUNS, told, trained
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+HERE = Path(__file__).parent
 COUNT, PART = 500, 100
 BUDGETS = (10, 25, 50)
 TOLERANCES = (1e-1, 1e-2)
@@ -61,15 +61,11 @@ def steps_for(sampler: Any, process: Any, budget: int) -> int | None:
     return None
 
 
-def run(workdir: Path, judge_workdir: Path, seed: int) -> dict[str, Any]:
+def run(workdir: Path | None, judge_workdir: Path | None, seed: int) -> dict[str, Any]:
     """{sampler: [[evaluations, FD-digits, agreement], ...]}, and the same of held-out digits."""
-    if not (workdir / "config.json").exists():
-        arguments = [f"--config={ROOT}/configs/diffusion.py", f"--workdir={workdir}"]
-        if code := main.main(arguments):
-            sys.exit(code)
-    task, state, train, held_out = load_run(workdir)
+    task, state, train, held_out = load_run(trained("diffusion", workdir))
     process, params = task.process, state.averaged_params["network"]
-    quality = SampleQuality(judge(judge_workdir), train, held_out, cache=ROOT / "runs/features")
+    quality = SampleQuality(judge(judge_workdir), train, held_out, cache=RUNS / "features")
     results: dict[str, Any] = {}
     labels = np.arange(COUNT) % 10
 
@@ -118,9 +114,8 @@ def report(results: dict[str, list]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/diffusion")
-    parser.add_argument("--judge", type=Path, default=ROOT / "runs/judge")
+    parser.add_argument("--workdir", type=Path, help="of the main job")
+    parser.add_argument("--judge", type=Path, help="a classifier's workdir")
     parser.add_argument("--seed", type=int, default=1, help="of the noise")
     flags = parser.parse_args()
-    found = run(flags.workdir, flags.judge, flags.seed)
-    report(found)
+    told(lambda: report(run(flags.workdir, flags.judge, flags.seed)))

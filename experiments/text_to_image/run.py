@@ -21,38 +21,27 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import main
 from cvjax import draw
 from cvjax.diffusion.editing import repaint
 from cvjax.diffusion.samplers import example_keys
 from cvjax.run import load_run
+from experiments.recipes import told, trained
 
-ROOT = Path(__file__).parents[2]
 SOURCE = "data.sources.captioned_digits.CaptionedDigits"
 BATCH = 100
 
 
-def train(workdir: Path, judge: Path) -> None:
-    """Trains what is not there."""
-    recipes = {
-        workdir: ["text_to_image.py"],
-        judge: [
-            "classification.py", "--config.seed=100", "--config.steps=700",
-            "--config.evaluate_every=700", f"--config.data.train.type={SOURCE}",
-            f"--config.data.test.type={SOURCE}", "--config.data.test.count=1000",
-        ],
-    }  # fmt: skip
-    for folder, (recipe, *flags) in recipes.items():
-        ends = folder / "upsampler" if folder == workdir else folder
-        if not (ends / "config.json").exists() and (
-            code := main.main([f"--config={ROOT}/configs/{recipe}", f"--workdir={folder}", *flags])
-        ):
-            sys.exit(code)
+JUDGE = (
+    "--config.seed=100", "--config.steps=700", "--config.evaluate_every=700",
+    f"--config.data.train.type={SOURCE}", f"--config.data.test.type={SOURCE}",
+    "--config.data.test.count=1000",
+)  # fmt: skip
 
 
-def run(workdir: Path, judge_workdir: Path, count: int, seed: int) -> dict[str, Any]:
+def run(workdir: Path | None, judge_workdir: Path | None, count: int, seed: int) -> dict[str, Any]:
     """Returns the agreement with the captions' digits, by guidance weight."""
-    train(workdir, judge_workdir)
+    workdir = trained("text_to_image", workdir, last="upsampler")
+    judge_workdir = trained("classification", judge_workdir, *JUDGE, name="caption_judge")
     base, base_state, *_ = load_run(workdir / "base")
     upsampler, state, _, held_out = load_run(workdir / "upsampler")
     judge, judge_state, _, judged = load_run(judge_workdir)
@@ -116,11 +105,15 @@ def run(workdir: Path, judge_workdir: Path, count: int, seed: int) -> dict[str, 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/text_to_image")
-    parser.add_argument("--judge", type=Path, default=ROOT / "runs/caption_judge")
+    parser.add_argument("--workdir", type=Path, help="of the recipe")
+    parser.add_argument("--judge", type=Path, help="a classifier's workdir")
     parser.add_argument("--count", type=int, default=500, help="captions")
     parser.add_argument("--seed", type=int, default=1)
     flags = parser.parse_args()
     if flags.count < 1:
         parser.error("--count must be at least 1")
-    print(json.dumps(run(flags.workdir, flags.judge, flags.count, flags.seed), indent=2))
+    told(
+        lambda: print(
+            json.dumps(run(flags.workdir, flags.judge, flags.count, flags.seed), indent=2)
+        )
+    )
