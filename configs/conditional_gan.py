@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000
+    config.steps = 6000
     config.batch_size = 32
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1000
+    config.evaluate_every = 2000
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
@@ -57,11 +57,11 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(type="optax.adam", b1=0.5, b2=0.99),
-        learning_rate=dict(type="optax.linear_schedule", init_value=1e-3, end_value=1e-4),
+        learning_rate=dict(type="optax.linear_schedule", init_value=1e-3, end_value=0.0),
         clip_norm=None,
         accumulate=1,
     )
-    config.ema = dict(generator=dict(type="train.step.warmed_up_decay", decay=0.999))
+    config.ema = dict(generator=dict(type="train.step.warmed_up_decay", decay=0.9995))
 
     if tiny:
         config.steps, config.batch_size = 4, 16

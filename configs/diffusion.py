@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1800
+    config.steps = 2400
     config.batch_size = 32
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 450
+    config.evaluate_every = 600
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),

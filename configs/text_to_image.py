@@ -92,13 +92,17 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
             network=network,
             process=dict(
                 type="diffusion.process.FlowMatching",
-                prediction="velocity",
+                prediction="x0",
                 times=dict(type="diffusion.process.logit_normal", mean=0.3, std=1.0),
             ),
+            weighting=dict(type="diffusion.losses.edm", sigma_data=0.5),  # of x_0: SNR + 4
             num_classes=0,
             image_shape=(image_size, image_size, 1),
             class_dropout=0.1,
-            sampler=dict(type="diffusion.samplers.dpm_solver_2m"),
+            sampler=dict(
+                type="diffusion.samplers.dpm_solver_2m",
+                times=dict(type="diffusion.grids.quadratic"),
+            ),
             sample_steps=2 if tiny else 25,
             words=WORDS,
             length=8,

@@ -135,12 +135,12 @@ def sample(
     both = torch.cat([label, torch.full_like(label, num_classes)])
     steps, before = len(grid) - 1, None
     for i, (t, s) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
-        velocity = network(torch.cat([x, x]), x.new_full((len(both),), t), both)
-        given, free = velocity.chunk(2)
-        x0 = x - t * (free + guidance * (given - free))
+        given, free = network(torch.cat([x, x]), x.new_full((len(both),), t), both).chunk(2)
+        x0 = free + guidance * (given - free)
         middle = x0
         if 0 < i < steps - 1:
             h, h_before = lambdas[i + 1] - lambdas[i], lambdas[i] - lambdas[i - 1]
             middle = x0 + float(h / (2 * h_before)) * (x0 - before)
-        x, before = (1 - s) * middle + s / t * (x - (1 - t) * middle), x0
+        now, then = (1e-3 + 0.998 * time for time in (t, s))  # sigma, as `cvjax.diffusion.process`
+        x, before = (1 - then) * middle + then / now * (x - (1 - now) * middle), x0
     return ((x + 1) / 2).clamp(0, 1)

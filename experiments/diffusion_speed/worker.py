@@ -43,11 +43,10 @@ def start(task):
 
 def grid_of(task):
     """The times of the sampler, and log(alpha / sigma) there."""
-    from cvjax.diffusion import grids
     from cvjax.diffusion.process import log_snr
     from cvjax.diffusion.samplers.integration import time_steps
 
-    grid = time_steps(grids.uniform, task.process, task.sample_steps)
+    grid = time_steps(task.sampler.keywords["times"], task.process, task.sample_steps)
     return np.asarray(grid, np.float64), np.asarray(log_snr(task.process, grid), np.float64) / 2
 
 
@@ -159,7 +158,8 @@ def torch_step(mode: str, optimizer_name: str, kind: str):
         factor = t[:, None, None, None]
         network.zero_grad(set_to_none=True)
         prediction = run((1 - factor) * x0 + factor * eps, t, shown)
-        torch.nn.functional.mse_loss(prediction, eps - x0).backward()
+        errors = torch.mean((prediction - x0) ** 2, dim=(1, 2, 3))
+        torch.mean((((1 - t) / t) ** 2 + 4) * errors).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
         optimize()
         torch._foreach_lerp_(averages, [p.detach() for p in network.parameters()], 1 - DECAY)

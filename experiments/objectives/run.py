@@ -21,11 +21,12 @@ from cvjax.train.evaluation import evaluate
 from experiments.frechet.run import judge
 from experiments.recipes import ROOT, RUNS, told
 
-PLAIN = ("task.weighting=None",)  # all errors count the same
+UNIFORM = ("task.sampler.times.type=diffusion.grids.uniform",)
+PLAIN = (*UNIFORM, "task.weighting=None")  # all errors count the same
 VP = (*PLAIN, "task.process.type=diffusion.process.VariancePreserving")
 # A recipe, what is changed in it, and all else as in the main job.
 OBJECTIVES = {
-    "flow matching, x0, weighted": ("diffusion", ()),
+    "flow matching, x0, weighted": ("diffusion", UNIFORM),
     "flow matching, velocity": ("diffusion", (*PLAIN, "task.process.prediction=velocity")),
     "VP cosine, v": (
         "diffusion",
@@ -34,7 +35,7 @@ OBJECTIVES = {
     "VP cosine, x0, min-SNR": (
         "diffusion",
         (
-            VP[-1], "task.process.schedule=cosine", "task.process.prediction=x0",
+            *UNIFORM, VP[-1], "task.process.schedule=cosine", "task.process.prediction=x0",
             "task.weighting.type=diffusion.losses.min_snr",
         ),
     ),
