@@ -20,6 +20,7 @@ WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
     ",", "tilted", "left", "right",
 )  # fmt: skip
+SAMPLER = dict(type="diffusion.samplers.dpm_solver_2m")
 CAPTIONS = (
     "a zero",
     "a large one, tilted right",
@@ -36,20 +37,22 @@ CAPTIONS = (
 
 def get_config(tiny: bool = False) -> ConfigDict:
     base = stage(
-        steps=2000, image_size=14, patch=1, tiny=tiny,
+        steps=2000, image_size=14, patch=1, prediction="velocity", tiny=tiny,
         task=dict(type="diffusion.text_to_image.TextToImage", guidance=2.0),
     )  # fmt: skip
     upsampler = stage(
-        steps=800, image_size=28, patch=2, tiny=tiny,
+        steps=800, image_size=28, patch=2, prediction="x0", tiny=tiny,
         task=dict(
-            type="diffusion.text_to_image.Upsampler", guidance=1.0, factor=2, augmentation=0.3
+            type="diffusion.text_to_image.Upsampler", guidance=1.0, factor=2, augmentation=0.3,
+            weighting=dict(type="diffusion.losses.edm", sigma_data=0.5),  # of x_0: SNR + 4
+            sampler=SAMPLER | dict(times=dict(type="diffusion.grids.quadratic")),
         ),
     )  # fmt: skip
     upsampler.update(evaluators=dict(psnr=dict(type="diffusion.evaluate.UpsamplingPSNR")))
     return ConfigDict(dict(stages=dict(base=base, upsampler=upsampler)))
 
 
-def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> dict:
+def stage(steps: int, image_size: int, patch: int, prediction: str, task: dict, tiny: bool) -> dict:
     """What both stages have in common: the data, the network, the optimizer."""
     drawings = dict(
         type="data.sources.captioned_digits.CaptionedDigits", image_size=image_size, words=WORDS
@@ -92,23 +95,19 @@ def stage(steps: int, image_size: int, patch: int, task: dict, tiny: bool) -> di
             network=network,
             process=dict(
                 type="diffusion.process.FlowMatching",
-                prediction="x0",
+                prediction=prediction,
                 times=dict(type="diffusion.process.logit_normal", mean=0.3, std=1.0),
             ),
-            weighting=dict(type="diffusion.losses.edm", sigma_data=0.5),  # of x_0: SNR + 4
             num_classes=0,
             image_shape=(image_size, image_size, 1),
             class_dropout=0.1,
-            sampler=dict(
-                type="diffusion.samplers.dpm_solver_2m",
-                times=dict(type="diffusion.grids.quadratic"),
-            ),
+            sampler=SAMPLER,
             sample_steps=2 if tiny else 25,
             words=WORDS,
             length=8,
             captions=CAPTIONS[:2] if tiny else CAPTIONS,
-            **task,
-        ),
+        )
+        | task,
         optimizer=dict(
             type="train.optimizer.Optimizer",
             transform=dict(type="optax.adam")

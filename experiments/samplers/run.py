@@ -43,11 +43,14 @@ SAMPLERS = {
     "DDPM": samplers.ddpm,
     "Euler-Maruyama": partial(samplers.euler_maruyama, times=grids.log_snr),
     "predictor-corrector": samplers.predictor_corrector,
+    "DPM-Solver++(2M), quadratic": partial(samplers.dpm_solver_2m, times=grids.quadratic),
+    "Heun, quadratic": partial(samplers.heun, times=grids.quadratic),
+    "DDPM, quadratic": partial(samplers.ddpm, times=grids.quadratic),
     "DDIM, Karras": partial(samplers.ddim, times=grids.karras),
     "Heun, Karras": partial(samplers.heun, times=grids.karras),
     "UniPC, log SNR": partial(samplers.unipc, times=grids.log_snr),
 }
-STOCHASTIC = ("Heun, churn", "DDPM", "Euler-Maruyama", "predictor-corrector")
+STOCHASTIC = ("Heun, churn", "DDPM", "DDPM, quadratic", "Euler-Maruyama", "predictor-corrector")
 
 
 def steps_for(sampler: Any, process: Any, budget: int) -> int | None:
