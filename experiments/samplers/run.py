@@ -41,7 +41,7 @@ SAMPLERS = {
     "DPM-Solver++(2M)": samplers.dpm_solver_2m,
     "UniPC": samplers.unipc,
     "DDPM": samplers.ddpm,
-    "Euler-Maruyama": partial(samplers.euler_maruyama, times=grids.log_snr),
+    "Euler-Maruyama": partial(samplers.euler_maruyama, times=grids.karras),
     "predictor-corrector": samplers.predictor_corrector,
     "DPM-Solver++(2M), quadratic": partial(samplers.dpm_solver_2m, times=grids.quadratic),
     "Heun, quadratic": partial(samplers.heun, times=grids.quadratic),
