@@ -232,8 +232,10 @@ def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
     _replace(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
-def curves(path: str | os.PathLike, series: Mapping[str, Series], title: str = "") -> None:
-    """Plots {name: (steps, values)} as a PNG, one panel for each metric.
+def curves(
+    path: str | os.PathLike, series: Mapping[str, Series], title: str = "", x: str = "step"
+) -> None:
+    """Plots {name: (steps, values)} as a PNG, one panel for each metric; `x` is what steps are.
 
     `train/loss` and `eval/loss` share the panel "loss": what is under `train/` is a light line and
     its moving average, all else are points joined by a line. A panel whose values are all
@@ -255,7 +257,7 @@ def curves(path: str | os.PathLike, series: Mapping[str, Series], title: str = "
         figure.suptitle(title)
     for number, (panel, names) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.set(title=panel, xlabel="step")
+        axes.set(title=panel, xlabel=x)
         axes.grid(alpha=0.3)
         everything = []
         for color, name in enumerate(names):
@@ -267,17 +269,19 @@ def curves(path: str | os.PathLike, series: Mapping[str, Series], title: str = "
                 )
             everything.append(values[np.isfinite(values)])
             style: dict[str, Any] = {"color": f"C{color}", "linewidth": 1.2}
+            label = name.removesuffix(f"/{panel}")
             if name.startswith("train/") and len(values) > 20:
                 axes.plot(steps, values, **{**style, "alpha": 0.25})
-                axes.plot(steps, _moving_average(values), label=name, **style)
+                axes.plot(steps, _moving_average(values), label=label, **style)
             else:
                 marker = "" if name.startswith("train/") else "o"
-                axes.plot(steps, values, label=name, marker=marker, markersize=3, **style)
+                axes.plot(steps, values, label=label, marker=marker, markersize=3, **style)
         values = np.concatenate(everything)
         if values.size and values.min() > 0 and values.max() > 30 * values.min():
             axes.set_yscale("log")
         if names != [panel]:
-            axes.legend(fontsize="small")
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
+            axes.legend(fontsize="small", **beside)
     _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 

@@ -112,7 +112,7 @@ def report(results: dict[str, list]) -> None:
         for name, rows in results.items()
         if name != "real"
     }
-    draw.curves(HERE / "samplers.png", series, "FD-digits against evaluations of the network")
+    draw.curves(HERE / "samplers.png", series, x="evaluations of the network")
 
 
 if __name__ == "__main__":
