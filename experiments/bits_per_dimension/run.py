@@ -1,11 +1,11 @@
-"""How many bits for each pixel does the main job's density give to digits that it has not seen?
+"""How many bits for each pixel does a network's density give to digits that it has not seen?
 
     python experiments/bits_per_dimension/run.py
 
-reads the run of the main job (configs/diffusion.py, trained if it is not there) and prints the bits
-per dimension of held-out digits, each given its class, by the variational bound and by the
-probability flow ODE with Hutchinson's estimate: first of the network as it is, then after some
-more steps on dequantized digits.
+trains the main job (configs/diffusion.py) with a network that predicts the velocity, in
+runs/diffusion-velocity, if it is not there, and prints the bits per dimension of held-out digits,
+each given its class, by the variational bound and by the probability flow ODE with Hutchinson's
+estimate: first of the network as it is, then after some more steps on dequantized digits.
 
 A digit is uint8; what is measured is x = 2 (pixel + u) / 256 - 1 with u uniform in [0, 1), whose
 density in nats becomes bits for a pixel with the offset log2(256 / 2) = 7
@@ -37,6 +37,9 @@ from cvjax.train.restore import load_params
 from cvjax.train.step import warmed_up_decay
 from experiments.recipes import told, trained
 
+VELOCITY = (
+    "--config.task.process.prediction=velocity", "--config.task.weighting=None",
+)  # fmt: skip
 PART = 50  # digits at once
 VLB_STEPS, ODE_STEPS = 64, 20  # 64 and 80 evaluations of the network
 
@@ -114,10 +117,16 @@ def run(workdir: Path, count: int, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, help="of the main job")
+    parser.add_argument("--workdir", type=Path, help="of another run")
     parser.add_argument("--count", type=int, default=200, help="held-out digits, times of 50")
     parser.add_argument("--steps", type=int, default=400, help="on dequantized digits; 0 for none")
     flags = parser.parse_args()
     if flags.count < 50 or flags.count % 50 or flags.steps < 0:
         parser.error("--count must be a multiple of 50, at least 50; --steps at least 0")
-    told(lambda: run(trained("diffusion", flags.workdir), flags.count, flags.steps))
+    told(
+        lambda: run(
+            trained("diffusion", flags.workdir, *VELOCITY, name="diffusion-velocity"),
+            flags.count,
+            flags.steps,
+        )
+    )
