@@ -12,9 +12,9 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) takes fewer
 With nothing compiled before it takes 4 to 6 minutes on two cores. Without guidance 89.2%, 90.5%,
 91.5% of 500 samples are what they were asked to be, at 2 99.6%, 99.4%, 99.6% (seeds 0, 1, 2). Of
 1,000 samples, unguided: FD-digits 0.87, 0.80, 0.56 (held-out real digits in their place 0.14),
-recall .942, .945, .946 (.945), median distance to the nearest training image 5.5, 5.5, 5.4 (5.0); at
-2 0.62, .698 and 5.1 (seed 0). Small judges find them 1.7, 1.6 and 1.4 times as far from the training
-digits as other real ones (experiments/frechet).
+recall .942, .945, .946 (.945), median distance to the nearest training image 5.5, 5.5, 5.4 (5.0);
+at 2 0.62, .698 and 5.1 (seed 0). Small judges find them 1.7, 1.6 and 1.4 times as far from the
+training digits as other real ones (experiments/frechet).
 """
 
 from ml_collections import ConfigDict
