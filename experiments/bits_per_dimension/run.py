@@ -39,6 +39,7 @@ from experiments.recipes import told, trained
 
 VELOCITY = (
     "--config.task.process.prediction=velocity", "--config.task.weighting=None",
+    "--config.steps=1800",
 )  # fmt: skip
 PART = 50  # digits at once
 VLB_STEPS, ODE_STEPS = 64, 20  # 64 and 80 evaluations of the network

@@ -23,25 +23,25 @@ from experiments.recipes import ROOT, RUNS, told
 
 UNIFORM = ("task.sampler.times.type=diffusion.grids.uniform",)
 PLAIN = (*UNIFORM, "task.weighting=None")  # all errors count the same
-VP = (*PLAIN, "task.process.type=diffusion.process.VariancePreserving")
+VP = "task.process.type=diffusion.process.VariancePreserving"
 # A recipe, what is changed in it, and all else as in the main job.
 OBJECTIVES = {
     "flow matching, x0, weighted": ("diffusion", UNIFORM),
     "flow matching, velocity": ("diffusion", (*PLAIN, "task.process.prediction=velocity")),
     "VP cosine, v": (
         "diffusion",
-        (*VP, "task.process.schedule=cosine", "task.process.prediction=v"),
+        (*PLAIN, VP, "task.process.schedule=cosine", "task.process.prediction=v"),
     ),
     "VP cosine, x0, min-SNR": (
         "diffusion",
         (
-            *UNIFORM, VP[-1], "task.process.schedule=cosine", "task.process.prediction=x0",
+            *UNIFORM, VP, "task.process.schedule=cosine", "task.process.prediction=x0",
             "task.weighting.type=diffusion.losses.min_snr",
         ),
     ),
     "VP linear, eps": (
         "diffusion",
-        (*VP, "task.process.schedule=linear", "task.process.prediction=eps"),
+        (*PLAIN, VP, "task.process.schedule=linear", "task.process.prediction=eps"),
     ),
     "EDM, preconditioned": (
         "score_sde",
