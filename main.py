@@ -53,19 +53,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags, others = parser.parse_known_args(arguments)
-    known = ("--config", "--config.<field>", "--workdir", "--mode", "--distributed", "--debug")
-    changes = []
-    for other in others:
-        field, equals, text = other.partition("=")
-        if not field.startswith("--config."):
-            raise InputError(f"{other}: no such flag{nearest(field, known)}")
-        if not equals:
-            raise InputError(f"{other} has no value; write {other}=...")
-        changes.append((field.removeprefix("--config."), text))
     modes = ("train", "evaluate", "predict")
     if flags.mode not in modes:
         raise InputError(f"--mode={flags.mode}{nearest(flags.mode, modes)}")
-    return flags, changes
+    return flags, configs.read_changes(others, vars(flags))
 
 
 if __name__ == "__main__":

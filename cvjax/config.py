@@ -5,7 +5,7 @@ import copy
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,23 @@ def read(name: str) -> ConfigDict:
     return config
 
 
+def read_changes(arguments: Sequence[str], flags: Iterable[str]) -> list[tuple[str, str]]:
+    """Arguments --config.x.y=z as the pairs that `override` takes; InputError for any other.
+
+    `flags` are the names of those that the program has besides: one of them may be meant.
+    """
+    known = ("--config.<field>", *(f"--{flag}" for flag in flags))
+    pairs = []
+    for argument in arguments:
+        field, equals, text = argument.partition("=")
+        if not field.startswith("--config."):
+            raise InputError(f"{argument}: no such flag{nearest(field, known)}")
+        if not equals:
+            raise InputError(f"{argument} has no value; write {argument}=...")
+        pairs.append((field.removeprefix("--config."), text))
+    return pairs
+
+
 def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> ConfigDict:
     """Applies flags: pairs of a dotted path and the text of the value.
 
@@ -63,6 +80,14 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     """
     config = copy.deepcopy(config)
     config.unlock()
+    removed = [path for path, text in assignments if text == "None"]
+    for path, _ in assignments:
+        for parent in removed:
+            if path.startswith(f"{parent}."):
+                raise InputError(
+                    f"--config.{parent}=None takes away what --config.{path} is a field of; "
+                    "leave one of them out"
+                )
     types_first = sorted(assignments, key=lambda pair: not pair[0].endswith(".type"))
     for path, text in types_first:
         *parents, last = path.split(".")

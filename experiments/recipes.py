@@ -1,7 +1,7 @@
 """What experiments that look at recipes share: their runs, trained if need be, and their errors."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import main
@@ -39,14 +39,6 @@ def trained(
 def trained_judge(given: Path | None = None) -> Path:
     """The folder of the classifier that judges samples, in runs/judge: not the recipe's seed."""
     return trained("classification", given, "--config.seed=100", name="judge")
-
-
-def changes_in(others: Sequence[str]) -> list[tuple[str, str]]:
-    """Flags --config.x.y=z as (path, text); InputError for any other."""
-    for other in others:
-        if not other.startswith("--config.") or "=" not in other:
-            raise InputError(f"there is no flag {other}; a field is --config.x.y=z")
-    return [tuple(other.removeprefix("--config.").split("=", 1)) for other in others]
 
 
 def told(run: Callable[[], object]) -> None:

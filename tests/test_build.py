@@ -143,6 +143,12 @@ def test_one_of_several_objects_is_taken_away():
     # A field is None where it has that value, also one that was a text.
     assert override(config, [("best", "None")]).best is None
     assert override(config, [("data.test", "None")]).data.test is None
+    for field in ("type", "weight"):
+        inner = (f"task.losses.dice.{field}", "x")
+        message = f"takes away what --config.{inner[0]} is a field of"
+        for flags in ([("task.losses.dice", "None"), inner], [inner, ("task", "None")]):
+            with pytest.raises(InputError, match=message):
+                override(config, flags)
 
 
 def test_an_object_where_there_was_none():

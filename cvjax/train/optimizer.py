@@ -260,9 +260,11 @@ def _complete(rate: Callable, steps: int) -> Schedule:
         pairs = dict(given["boundaries_and_scales"]).items()
         given["boundaries_and_scales"] = {int(step): scale for step, scale in pairs}
     try:
-        return rate.func(*rate.args, **given, **missing)
-    except (TypeError, ValueError) as error:
+        schedule = rate.func(*rate.args, **given, **missing)
+        schedule(0)  # some say only here what they do not take
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"optimizer.learning_rate: {error}") from error
+    return schedule
 
 
 def _decay(schedule: Schedule, value: float, decays: Mapping[str, float]) -> GradientTransformation:

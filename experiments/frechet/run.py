@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cvjax import config as configs
 from cvjax import draw
 from cvjax.build import build
+from cvjax.config import read_changes
 from cvjax.data.sources.digits import Digits
 from cvjax.data.sources.folder import Folder
 from cvjax.data.sources.pictures import SUFFIXES, read_picture, upright
@@ -36,7 +37,7 @@ from cvjax.nn.pretrained import load_pretrained
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
 from cvjax.train.restore import load_params
-from experiments.recipes import RUNS, changes_in, told, trained_judge
+from experiments.recipes import RUNS, told, trained_judge
 
 
 def judge(given: Path | None = None) -> Extractor:
@@ -128,7 +129,7 @@ def main_of(arguments: list[str]) -> dict[str, float]:
     parser.add_argument("--cache", type=Path, default=RUNS / "features")
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     flags, others = parser.parse_known_args(arguments)
-    found = score(flags, changes_in(others))
+    found = score(flags, read_changes(others, vars(flags)))
     width = max(map(len, found))
     print(f"{'':{width}}  samples     real")
     for name, value in found.items():

@@ -21,13 +21,14 @@ import optax
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cvjax.classification.task import Classification
+from cvjax.config import read_changes
 from cvjax.data.sources.digits import Digits
 from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
 from cvjax.train.loop import fit
-from experiments.recipes import changes_in, told
+from experiments.recipes import told
 
 
 class Judge(nn.Module):
@@ -93,4 +94,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--workdir", type=Path, required=True, nargs="+", help="of generators")
     flags, others = parser.parse_known_args()
-    told(lambda: main(flags.workdir, changes_in(others)))
+    told(lambda: main(flags.workdir, read_changes(others, vars(flags))))

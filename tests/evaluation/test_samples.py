@@ -295,8 +295,12 @@ def test_images_of_a_folder(tmp_path):
     (tmp_path / "flat" / "8.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"8.png cannot be read"):
         frechet.images_in(tmp_path / "flat", 1)
-    for flag in ("--inceptoin=weights.pth", "--config.task.guidance"):
-        with pytest.raises(InputError, match=f"there is no flag {flag}"):
+    wrong = {
+        "--inceptoin=weights.pth": r"no such flag \(did you mean --inception",
+        "--config.task.guidance": "has no value; write --config.task.guidance=...",
+    }
+    for flag, message in wrong.items():
+        with pytest.raises(InputError, match=f"{flag}:? {message}"):
             frechet.main_of([f"--images={tmp_path / 'flat'}", flag])
     with pytest.raises(InputError, match="--config.seed changes a run"):
         frechet.main_of([f"--images={tmp_path / 'flat'}", "--config.seed=1"])

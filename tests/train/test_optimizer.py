@@ -159,6 +159,13 @@ def test_every_optax_schedule_by_name(maker, fields):
     assert np.isfinite(values).all() and values.max() <= 0.1 + 1e-6 and values.max() > 0.02
 
 
+@pytest.mark.parametrize("value", [1e30, "a"])
+def test_what_a_schedule_does_not_take_is_one_line(value):
+    rate = functools.partial(optax.cosine_onecycle_schedule, peak_value=0.1, pct_start=value)
+    with pytest.raises(InputError, match="optimizer.learning_rate: "):
+        Optimizer(learning_rate=rate).schedule(20)
+
+
 def test_schedules_count_updates_not_micro_batches():
     rate = functools.partial(optax.linear_schedule, init_value=1.0, end_value=0.0)
     _, update = updates(Optimizer(optax.sgd, rate, accumulate=2), count=4, steps=4)
