@@ -50,7 +50,8 @@ class Saved(NamedTuple):
 def newest(directory: str | os.PathLike) -> Saved | None:
     """The newest checkpoint in `directory` that is whole; None if there is none at all.
 
-    Logs a line for each newer one that is damaged. Raises InputError if all are.
+    Logs a line for each newer one that is damaged. Raises InputError if all are; but a run that was
+    killed in its first save has none.
     """
     skipped: list[str] = []
     for _, folder in sorted(step_folders(Path(directory)).items(), reverse=True):
@@ -58,14 +59,20 @@ def newest(directory: str | os.PathLike) -> Saved | None:
             return read_metadata(folder)._replace(skipped=skipped)
         skipped.append(f"{folder}: {reason}")
         log.warning("skipped checkpoint %s", skipped[-1])
-    if skipped:
+    folders = step_folders(Path(directory)).values()
+    if skipped and not (len(folders) == 1 and is_cut_off(*folders)):
         raise InputError(f"none of the checkpoints is whole: {'; '.join(skipped)}")
     return None
 
 
+def is_cut_off(folder: Path) -> bool:
+    """Whether the save of a checkpoint did not come to its end: its manifest is the last."""
+    return not (folder / MANIFEST).is_file()
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if every byte is as it was written."""
-    if not (folder / MANIFEST).is_file():
+    if is_cut_off(folder):
         return f"no {MANIFEST}: its save was cut off"
     try:
         for name, (size, checksum) in json.loads((folder / MANIFEST).read_text())["files"].items():
@@ -122,7 +129,11 @@ def step_folders(directory: Path) -> dict[int, Path]:
     """The folders in `directory` that have the name of a step, whole or not."""
     if not directory.is_dir():
         return {}
-    return {int(path.name): path for path in directory.iterdir() if path.name.isdecimal()}
+    return {
+        int(path.name): path
+        for path in directory.iterdir()
+        if path.name.isdecimal() and path.is_dir()
+    }
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

@@ -245,6 +245,17 @@ def test_a_save_that_is_killed_is_no_checkpoint_and_is_cleared_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]
 
 
+def test_a_run_that_is_killed_in_its_first_save_begins_anew(tmp_path):
+    killed = KILLED.replace('"2"', '"1"')
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path]).returncode == 9
+    assert steps_in(tmp_path) == [1] and newest(tmp_path) is None
+    (tmp_path / "7").write_text("a file of somebody's")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore({"x": jnp.zeros(3)}) is None
+        save(checkpoints, 1, {"x": jnp.zeros(3)})
+    assert newest(tmp_path).step == 1 and (tmp_path / "7").is_file()
+
+
 def test_a_folder_that_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1)
