@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike
 
+from cvjax.checks import check_positive
 from cvjax.errors import InputError
 from cvjax.train.checkpoint_files import damage, flatten, read_arrays, read_metadata, step_folders
 from cvjax.train.state import PyTree
@@ -59,6 +60,9 @@ def tracked(
     state. They hold the parameters before each update but the first: those at the very beginning
     are random, and those after the last update would be for the next to see.
     """
+    if not widths:
+        raise InputError("tracked: widths is empty; there must be one, better two")
+    check_positive(**{f"tracked: widths[{i}]": width for i, width in enumerate(widths)})
     gammas = {str(width): exponent(width) for width in widths}
 
     def start(params: PyTree) -> PyTree:
@@ -72,7 +76,9 @@ def tracked(
         new = {"count": count + 1}
         for name, gamma in gammas.items():
             # 1 - beta of equation 127: (1 - 1 / count)^(gamma + 1) is kept, of the first nothing.
-            share = 1 - (1 - 1 / jnp.maximum(count, 1)) ** (gamma + 1)
+            # After a million updates the power has few digits of what it lacks to 1.
+            kept = jnp.log1p(-1 / jnp.maximum(count, 2)) * (gamma + 1)
+            share = jnp.where(count > 1, -jnp.expm1(kept), 1.0)
             new[name] = jax.tree.map(
                 lambda old, now, share=share: (old + share * (now - old)).astype(old.dtype),
                 state[KEY][name], params,
@@ -107,11 +113,12 @@ def averaged_params(workdir: str | os.PathLike, group: str, params: PyTree, widt
     Args:
       workdir: of the run, with all its checkpoints.
       group: of parameters.
-      params: a pytree of arrays or shapes: what the group is like.
+      params: a pytree of arrays or shapes: what the group is like. What was frozen did not change,
+        and has no average.
       width: standard deviation of the profile, as a share of the run.
 
     Raises:
-      InputError: no checkpoint with tracked averages.
+      InputError: no checkpoint with tracked averages, or one of other params.
     """
     # Of this group alone: another's optimizer may have taken more steps.
     pattern = re.compile(rf"opt_state/{re.escape(group)}/.*?{KEY}/(?:(count)|([^/]+)/(.*))")
@@ -132,6 +139,7 @@ def averaged_params(workdir: str | os.PathLike, group: str, params: PyTree, widt
             counts.append(int(arrays[counter]) - 1)
             widths.append(float(name))
             snapshots.append({rest: np.asarray(arrays[path]) for rest, path in paths.items()})
+            newest = folder
     usable = [number for number, count in enumerate(counts) if count > 0]
     if not usable:
         raise InputError(
@@ -143,8 +151,19 @@ def averaged_params(workdir: str | os.PathLike, group: str, params: PyTree, widt
     factors = combination(counts, widths, max(counts), width)
     leaves = []
     for name, leaf in flatten(params).items():
-        parts = np.stack([snapshot[name].astype(np.float64) for snapshot in snapshots])
-        leaves.append(np.tensordot(factors, parts, 1).astype(leaf.dtype))
+        frozen = f"params/{group}/{name}"
+        if name in snapshots[-1]:
+            parts = np.stack([snapshot[name].astype(np.float64) for snapshot in snapshots])
+            found = np.tensordot(factors, parts, 1)
+        elif frozen in read_metadata(newest).arrays:
+            found = np.asarray(read_arrays(newest, [frozen])[frozen])
+        else:
+            raise InputError(f"{newest} has no {frozen}: it is of another model")
+        if found.shape != leaf.shape:
+            raise InputError(
+                f"{newest}: {frozen} is {list(found.shape)}; params say {list(leaf.shape)}"
+            )
+        leaves.append(found.astype(leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 

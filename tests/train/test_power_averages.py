@@ -140,5 +140,40 @@ def test_of_a_run(tmp_path):
         averaged_params(tmp_path, "model", params, 0.1)
 
 
+def test_what_was_frozen_is_its_own_average(tmp_path):
+    make = functools.partial(tracked, transform=functools.partial(optax.sgd))
+    optimizer = Optimizer(make, 0.05, freeze=((".*bias", True), (".*", False)))
+    options = dict(steps=6, batch_size=16, checkpoint_every=3, keep=8, tensorboard=False)
+    result = fit(Regression(), Linear(), optimizer=optimizer, workdir=tmp_path, **options)
+    params = result.state.params["model"]
+    found = power_averages.flatten(averaged_params(tmp_path, "model", params, 0.1))
+    for name, value in power_averages.flatten(params).items():
+        assert np.array_equal(found[name], value) == name.endswith("bias"), name
+    larger = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), params)
+    with pytest.raises(InputError, match=r"params/model/.*\[.*\]; params say"):
+        averaged_params(tmp_path, "model", larger, 0.1)
+    with pytest.raises(InputError, match="has no params/model/other: it is of another model"):
+        averaged_params(tmp_path, "model", {"other": np.zeros(2)}, 0.1)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_share_of_an_update_is_exact_after_millions(width):
+    """Equation 127, which in float32 lost a fifth of its value at ten million updates."""
+    optimizer = tracked(1.0, transform=optax.sgd, widths=[width])
+    params, gamma = {"x": jnp.float32(1.0)}, exponent(width)
+    state = optimizer.init(params)
+    for count in (1, 2, 100, 10**5, 10**6, 10**7, 2 * 10**9):
+        averages = {"count": jnp.int32(count), str(width): {"x": jnp.float32(0.0)}}
+        _, (_, moved) = jax.jit(optimizer.update)(
+            params, (state[0], {"power_averages": averages}), params
+        )
+        share = -np.expm1((gamma + 1) * np.log1p(-1 / count)) if count > 1 else 1.0
+        found = moved["power_averages"][str(width)]["x"]
+        np.testing.assert_allclose(found, share, rtol=1e-5)  # some roundings of float32
+    for widths in ((), ("a",), (-0.1,)):
+        with pytest.raises(InputError, match="widths"):
+            tracked(1.0, transform=optax.sgd, widths=widths)
+
+
 def is_tracked(part):
     return isinstance(part, tuple) and len(part) == 2 and "power_averages" in (part[1] or {})
