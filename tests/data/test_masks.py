@@ -422,6 +422,33 @@ def test_grey_of_few_bits_has_the_numbers_that_were_put_in(tmp_path, bits):
     np.testing.assert_array_equal(found, numbers)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("is_black_zero", [0, 1])
+def test_grey_of_a_tiff_has_the_numbers_that_were_put_in(tmp_path, bits, is_black_zero):
+    numbers = (np.arange(32) % 2**bits).reshape(2, 16).astype(np.uint8)
+    planes = np.unpackbits(numbers[..., None], axis=-1)[..., -bits:].reshape(2, -1)
+    rows = b"".join(np.packbits(row).tobytes() for row in planes)
+    tags = {256: 16, 257: 2, 258: bits, 259: 1}  # width, height, bits, not compressed
+    tags |= {262: is_black_zero, 273: 110, 278: 2, 279: len(rows)}  # where two rows are
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    (tmp_path / "mask.tif").write_bytes(content + bytes(110 - len(content)) + rows)
+    Image.new("RGB", (16, 2)).save(tmp_path / "image.png")
+    found = PairReader().read(tmp_path / "image.png", tmp_path / "mask.tif")["mask"]
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_a_mask_is_turned_as_its_photograph(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    for name in ("image", "mask"):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=exif)
+    read = PairReader(channels=1).read(tmp_path / "image.png", tmp_path / "mask.png")
+    np.testing.assert_array_equal(read["mask"], pixels[::-1, ::-1])
+    np.testing.assert_array_equal(read["image"][..., 0], read["mask"])
+
+
 def test_a_photograph_is_turned_upright_before_it_meets_its_mask(tmp_path):
     make_masks(tmp_path)
     exif = Image.Exif()

@@ -42,7 +42,7 @@ class Folder:
     def __post_init__(self) -> None:
         root = pathlib.Path(self.path).expanduser()
         check_choices(self, channels=(1, 3))
-        check_at_least(self, image_size=1)
+        check_at_least(self, image_size=1, max_pixels=1)
         if not root.is_dir():
             raise InputError(f"the folder {root} does not exist")
         classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ class PairReader:
 
     Records: image uint8 [height, width, channels]; mask uint8 [height, width], a class or 255. A
     mask is a file of palette indices, of grey levels, or of two levels (0 and 1): its numbers are
-    the classes, whatever its colours. A photograph is turned upright as its EXIF orientation says.
+    the classes, whatever its colours. Each file is turned upright as its own EXIF orientation says.
 
     Attributes:
         channels: of the image: 3 for colour, 1 for grey.
@@ -45,7 +46,7 @@ class PairReader:
 
     def __post_init__(self) -> None:
         check_choices(self, channels=(1, 3))
-        check_at_least(self, image_size=1, pad_to=1)
+        check_at_least(self, image_size=1, pad_to=1, max_pixels=1)
         if self.image_size is not None and self.pad_to is not None:
             raise InputError(
                 f"image_size={self.image_size} and pad_to={self.pad_to}: give only one of them"
@@ -152,11 +153,17 @@ def _by_stem(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, pathl
 
 def _classes(mask: Image.Image) -> Image.Image:
     """A mask's numbers, as a picture of 8 bits."""
-    if mask.mode not in ("P", "L", "1", "I", "I;16"):
+    if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
         raise ValueError(f"a mask has palette indices or grey levels, but this is {mask.mode}")
-    # Grey of 2 or 4 bits is spread over 0..255 when it is read; its numbers are the classes.
-    spread = {"L;2": 85, "L;4": 17}.get(mask.tile[0].args if mask.tile else None, 1)
-    numbers = np.asarray(mask) // spread
+    # Pillow spreads grey of 2 or 4 bits over 0..255, and turns that of a TIFF around whose 0 is
+    # white. As what it reads a file, stands in the tile, say "L;4I".
+    args = mask.tile[0].args if mask.tile else ""
+    kind = args if isinstance(args, str) else str((*args, "")[0])
+    numbers = np.asarray(ImageOps.exif_transpose(mask)).astype(np.int64)
+    if grey := re.fullmatch("(1|L);?([24]?)(I?)R?", kind):
+        most = 1 if grey[1] == "1" else 2 ** int(grey[2] or 8) - 1
+        numbers = numbers * most // (1 if grey[1] == "1" else 255)
+        numbers = most - numbers if grey[3] else numbers
     if numbers.max() > 255 or numbers.min() < 0:
         raise ValueError(
             f"a mask has classes in 0..255, but this has {numbers.min()}..{numbers.max()}"
