@@ -43,6 +43,11 @@ def mosaic(
         raise InputError(f"a mosaic needs 4 examples, not {len(examples)}")
     check_range(1e-3, 1e3, scale=scale)
     height, width = height_and_width(size)
+    if min(height, width) < 2:
+        raise InputError(f"a mosaic of {height} x {width} pixels has no four parts")
+    channels = [fields.image_of(example).shape[-1] for example in examples]
+    if len(set(channels)) > 1:
+        raise InputError(f"a mosaic needs images of as many channels, not {channels}")
     row, column = (round(side * rng.uniform(0.25, 0.75)) for side in (height, width))
     row, column = min(max(row, 1), height - 1), min(max(column, 1), width - 1)
     parts = []

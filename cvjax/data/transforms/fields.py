@@ -375,11 +375,18 @@ def mirror_index(index: np.ndarray | jax.Array, length: int) -> np.ndarray | jax
 def _by_four_channels(
     image: np.ndarray, function: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """Applies `function(channels, number of the first)` of OpenCV, which takes four at most."""
+    """Applies `function(channels, number of the first)` of OpenCV, which takes four at most.
+
+    Nor two, which OpenCV 5 interpolates by another way, with rounded coordinates.
+    """
     parts = []
-    for first in range(0, image.shape[-1], 4):
-        part = function(image[..., first : first + 4], first)
+    first = 0
+    while first < image.shape[-1]:
+        left = image.shape[-1] - first
+        count = 1 if left == 2 else min(left, 4)
+        part = function(image[..., first : first + count], first)
         parts.append(part[..., None] if part.ndim == 2 else part)
+        first += count
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

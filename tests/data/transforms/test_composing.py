@@ -92,6 +92,11 @@ def test_a_mosaic_shows_each_example_in_its_part():
         composing.mosaic(given[:2], rng, size=64)
     with pytest.raises(InputError, match="scale"):
         composing.mosaic(given, rng, size=64, scale=(2, 1))
+    with pytest.raises(InputError, match="a mosaic of 1 x 9 pixels has no four parts"):
+        composing.mosaic(given, rng, size=(1, 9))
+    grey = {**given[0], "image": given[0]["image"][..., :1]}
+    with pytest.raises(InputError, match=r"as many channels, not \[3, 3, 3, 1\]"):
+        composing.mosaic([*given[:3], grey], rng, size=64)
 
 
 def test_what_is_copied_hides_what_is_below():

@@ -452,6 +452,15 @@ def test_warping_is_bilinear_interpolation(matrix):
     # Half a level of rounding, and what float32 adds to the coordinates: 1e-4 pixels of 255.
     expected = bilinear(image[..., 0], matrix, 15, 19, 40)
     np.testing.assert_allclose(warped[..., 0], expected, rtol=0, atol=0.55)
+    # Whatever the number of channels: OpenCV interpolates two by another way.
+    noise = np.random.default_rng(0).integers(0, 256, (13, 17, 6), np.uint8)
+    fills = np.arange(40, 46)
+    for count in (2, 3, 5, 6):
+        image = {"image": noise[..., :count]}
+        found = fields.warp(image, matrix, size=(15, 19), fill=fills[:count].tolist())["image"]
+        for channel in range(count):
+            expected = bilinear(noise[..., channel], matrix, 15, 19, fills[channel])
+            np.testing.assert_allclose(found[..., channel], expected, rtol=0, atol=0.55)
 
 
 def test_a_matrix_for_four_points_takes_them_there():
