@@ -273,9 +273,11 @@ def _split_positions(
     if not len(tokens) or len(targets[name].shape) != 3:
         return {}
     height, width, channels = targets[name].shape
-    # As many patches as ours, or else a square of them; with or without the class token before.
-    candidates = [(first, height, width) for first in (0, 1)]
-    candidates += [(first, *[math.isqrt(len(tokens) - first)] * 2) for first in (0, 1)]
+    # As many patches as ours, or else a square of them; with or without the class token before. 50
+    # tokens are a class and 7 x 7 patches, though ours be 5 x 10: published ones are square.
+    ours = [(first, height, width) for first in (0, 1)]
+    square = [(first, *[math.isqrt(len(tokens) - first)] * 2) for first in (0, 1)]
+    candidates = [*ours, *square] if height == width else [ours[1], *reversed(square), ours[0]]
     fitting = [(f, h, w) for f, h, w in candidates if f + h * w == len(tokens)]
     if not fitting:
         return {}

@@ -144,6 +144,19 @@ def test_positions_are_resampled_for_another_size(tmp_path):
     assert statuses(table) == {"vit.embeddings.cls_token": "left"}
 
 
+def test_positions_of_a_square_are_no_grid_of_as_many_places(tmp_path):
+    """A class and 7 x 7 patches are 50 tokens, and so are 5 x 10 patches of ours."""
+    tokens = np.random.default_rng(0).normal(size=(1, 50, 12)).astype(np.float32)
+    arrays = {**theirs("timm vit"), "pos_embed": tokens}
+    safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
+    model = parity.OURS["timm vit"].clone(image_size=(40, 80))
+    variables, table = load_variables(ours(model), tmp_path / "weights.safetensors")
+    expected = resize_bicubic(tokens[0, 1:].reshape(7, 7, -1), 5, 10)
+    assert statuses(table) == {"params/position": "loaded: resampled from 7x7"}
+    np.testing.assert_allclose(variables["params"]["position"], expected, atol=1e-6)
+    np.testing.assert_array_equal(variables["params"]["class_position"], tokens[0, 0])
+
+
 @pytest.mark.parametrize("at", ["model", "model/backbone"])
 def test_a_backbone_inside_of_a_model(at, tmp_path):
     np.savez(tmp_path / "weights.npz", **theirs())
