@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import dm_pix
 import jax
@@ -16,10 +17,9 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
     """-10 log10 of the mean squared error of each pair [b, h, w, c] in [0, 1]; dB, [b].
 
     An error below 1e-10 counts as that, so that equal images have 100 dB. Raises InputError for
-    images that are no floats or, outside of jit, not in [0, 1].
+    images that are no floats or, outside of jit, not in [0, 1], and for two shapes.
     """
-    check_unit(a)
-    check_unit(b)
+    a, b = _pair(a, b)
     # Bounded before the logarithm, whose slope at 0 would be NaN.
     return -10 * jnp.log10(jnp.maximum(dm_pix.mse(a, b), 1e-10))
 
@@ -31,10 +31,18 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     or as large as a smaller image allows. The variances are sums of differences: what lies outside
     by rounding is put to the bound. Raises InputError as `psnr` does.
     """
-    check_unit(a)
-    check_unit(b)
+    a, b = _pair(a, b)
     size = min(11, *a.shape[1:3])
     return jnp.minimum(dm_pix.ssim(a, b, filter_size=size), 1.0)
+
+
+def _pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as float32: of a half an error of 1e-10 is none."""
+    check_unit(a)
+    check_unit(b)
+    if a.shape != b.shape:
+        raise InputError(f"images are {list(a.shape)} and {list(b.shape)}; they must be alike")
+    return a.astype(jnp.float32), b.astype(jnp.float32)
 
 
 @dataclass
@@ -54,6 +62,15 @@ class CodeUsage:
     def __post_init__(self) -> None:
         check_at_least(self, size=1)
         self.counts = np.zeros(self.size, np.int64)
+
+    def check(self, task: Any) -> None:
+        """Raises InputError where the task's `bottleneck` has another number of codes."""
+        codes = getattr(getattr(task, "bottleneck", None), "size", self.size)
+        if codes != self.size:
+            raise InputError(
+                f"CodeUsage: size is {self.size}, but the bottleneck has {codes} codes; they must "
+                "be equal"
+            )
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Counts the codes of a batch. Raises InputError for one out of range, or without any."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from cvjax.checks import check_at_least
-from cvjax.errors import InputError
+from cvjax.checks import check_at_least, check_positive
 
 _PIXELS = (-3, -2, -1)
 
@@ -44,8 +43,7 @@ class Gaussian:
     std: float = 0.1
 
     def __post_init__(self):
-        if not self.std > 0:
-            raise InputError(f"Gaussian: std is {self.std}; it must be above 0")
+        check_positive(**{"Gaussian: std": self.std})
 
     def channels(self, c: int) -> int:
         """One mean for each value."""
@@ -75,7 +73,7 @@ class DiscretizedLogistic:
     min_log_scale: float = -7.0
 
     def __post_init__(self):
-        check_at_least(self, levels=2)
+        check_at_least(self, levels=2, min_log_scale=-80)  # where exp(-log_scale) is still finite
 
     def channels(self, c: int) -> int:
         """A mean and a log-scale for each value."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cvjax import draw
 from cvjax.autoencoder.task import images_of
-from cvjax.checks import check_at_least, check_unit_images
+from cvjax.checks import check_at_least, check_fractions, check_unit_images
 from cvjax.errors import InputError
 from cvjax.nn.dense import Dense
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
@@ -77,7 +77,8 @@ class MaskedAutoencoder:
     masked: float = 0.75
 
     def __post_init__(self):
-        if not 0 < self.masked < 1:
+        check_fractions(self, "masked")
+        if self.masked in (0, 1):
             raise InputError(f"masked is {self.masked}; it must be between 0 and 1")
 
     @property

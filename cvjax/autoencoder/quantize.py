@@ -5,13 +5,14 @@ the number of its codes and `vectors(indices [...]) -> [..., d]` looks them up.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cvjax.checks import check_at_least
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.errors import InputError
 
 # What the random first vectors weigh in the averages: the first training batch outweighs them.
@@ -63,7 +64,8 @@ class VectorQuantizer(nn.Module):
 
     def __post_init__(self):
         check_at_least(self, size=1, commitment=0, restart_below=0)
-        if not 0 <= self.decay < 1:
+        check_fractions(self, "decay")
+        if self.decay == 1:
             raise InputError(f"VectorQuantizer: decay is {self.decay}; it must be in [0, 1)")
         super().__post_init__()
 
@@ -126,14 +128,23 @@ class FiniteScalarQuantizer(nn.Module):
     all channels at their lowest, and the first channel counts fastest.
 
     Attributes:
-      levels: of each channel, 2 or more; the paper's (8, 5, 5, 5) are 1,000 codes.
+      levels: of each channel, 2 to 1000; the paper's (8, 5, 5, 5) are 1,000 codes.
     """
 
     levels: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self):
+        if not isinstance(self.levels, Sequence) or isinstance(self.levels, str):
+            raise InputError(
+                f"FiniteScalarQuantizer: levels is {self.levels!r}; it must be a number for each "
+                "channel, such as (8, 5, 5, 5)"
+            )
         object.__setattr__(self, "levels", tuple(self.levels))
         check_at_least(self, levels=2)
+        if max(self.levels) > 1000:  # the outermost would be beyond what the bound leaves
+            raise InputError(
+                f"FiniteScalarQuantizer: levels is {self.levels}; each can be at most 1000"
+            )
         if self.size > 2**31:
             raise InputError(
                 f"FiniteScalarQuantizer: levels {self.levels} make {self.size} codes; an index has "
@@ -181,6 +192,9 @@ Quantizer = VectorQuantizer | FiniteScalarQuantizer
 
 def nearest(z: jax.Array, vectors: jax.Array) -> jax.Array:
     """The index, int32 [n], of the vector [k, d] nearest to each z [n, d]; of equals the first."""
+    # Their distances are those from anywhere; far from 0 the squares would leave none of them.
+    middle = vectors.mean(axis=0)
+    z, vectors = z - middle, vectors - middle
     product = jnp.matmul(z, vectors.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmin(jnp.sum(vectors**2, axis=-1) - 2 * product, axis=-1)
 

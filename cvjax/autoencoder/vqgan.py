@@ -65,6 +65,14 @@ class VQGAN:
 
     def __post_init__(self):
         check_at_least(self, perceptual_weight=0, adversarial_weight=0, start=0)
+        missing = [
+            part for part in ("real", "fake", "generator") if not hasattr(self.adversarial, part)
+        ]
+        if missing:
+            raise InputError(
+                f"VQGAN: adversarial is {self.adversarial!r}, which has no {missing[0]}; it must "
+                "be a loss of cvjax.gan.losses"
+            )
         plain = Autoencoder(self.encoder, self.decoder, self.bottleneck)
         object.__setattr__(self, "autoencoder", plain)
 

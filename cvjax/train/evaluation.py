@@ -20,7 +20,8 @@ class Evaluator(Protocol):
     """Needs the outputs for the whole set; must leave out examples that are not `valid`.
 
     Each evaluation works with a deep copy of what `fit` was given, as it was given. Before it
-    trains, `fit` shows one the first batch with outputs of zeros: what it misses is told then.
+    trains, `fit` shows one the first batch with outputs of zeros: what it misses is told then; and
+    one that also has `check(task)` the task, which it may refuse.
     One that also has `pictures() -> {name: [h, w, c] in [0, 1]}` shows them beside the task's.
     """
 
@@ -54,7 +55,7 @@ class Evaluation:
     def __init__(
         self, task: Task, loader: Loader | None, evaluators: Mapping, mesh: Any, seed: int
     ):
-        self.loader, self.evaluators, self.mesh = loader, evaluators, mesh
+        self.task, self.loader, self.evaluators, self.mesh = task, loader, evaluators, mesh
         self.rng = jax.random.key(seed)
 
         def measure(params, model_state, batch, place, rng, key):
@@ -81,6 +82,7 @@ class Evaluation:
         jax.eval_shape(self.visualize, params, model_state, shapes, self.rng)
         outputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), outputs)
         for name, evaluator in self.evaluators.items():
+            _check(name, evaluator, self.task)
             _add(name, copy.deepcopy(evaluator), outputs, batch)
         return list(metrics)
 
@@ -113,6 +115,14 @@ class Evaluation:
             if hasattr(evaluator, "pictures"):
                 pictures |= evaluator.pictures()
         return found, pictures
+
+
+def _check(name: str, evaluator: Evaluator, task: Task) -> None:
+    try:
+        if hasattr(evaluator, "check"):
+            evaluator.check(task)
+    except InputError as error:
+        raise InputError(f"evaluators.{name}: {error}") from error
 
 
 def _add(name: str, evaluator: Evaluator, outputs: Mapping, batch: Mapping) -> None:

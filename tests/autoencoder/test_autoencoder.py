@@ -167,8 +167,11 @@ def test_corruptions():
     params, state = loud.init(rng, batch_of())
     with pytest.raises(InputError, match="std is -1"):
         loud.loss(params, SimpleNamespace(model_state=state), batch_of(), rng)
-    for wrong in (dict(rate=1.5), dict(patch=0), dict(patch=2.5)):
-        with pytest.raises(InputError, match="they must be in"):
+    with pytest.raises(InputError, match="std is 'a'; it must be a number"):
+        add_noise(image, rng, std="a")
+    for wrong in (dict(rate=1.5), dict(patch=0), dict(patch=2.5), dict(patch=3.0)):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(InputError, match=f"mask_patches: {name} is {value}; it must be"):
             mask_patches(image, rng, **wrong)
 
 
@@ -180,6 +183,12 @@ def test_figures_of_reconstructions():
     np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
     np.testing.assert_allclose(psnr(a, a), 100.0)
     np.testing.assert_array_equal(jax.grad(lambda x: psnr(x, a).sum())(a), 0)
+    half = a.astype(np.float16)  # in which 1e-10 is 0
+    np.testing.assert_allclose(psnr(half, half), 100.0)
+    np.testing.assert_array_equal(jax.grad(lambda x: psnr(x, half).sum())(jnp.asarray(half)), 0)
+    for figure in (psnr, ssim):
+        with pytest.raises(InputError, match="they must be alike"):
+            figure(a, a[:1])
     for figure in (psnr, ssim):
         for wrong, message in (
             (255 * a, "from .* in .0, 1."),

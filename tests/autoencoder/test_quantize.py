@@ -46,6 +46,16 @@ def test_the_nearest_is_that_of_loops_and_of_equals_the_first():
     assert 5 not in found and 2 in found
 
 
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1000.0])
+def test_the_nearest_far_from_zero(offset):
+    """Where the squares of float32 have no digits left for the distances."""
+    z, vectors = offset + 0.1 * draw(0, 200, 8), offset + 0.1 * draw(1, 64, 8)
+    distance = ((np.float64(z)[:, None] - np.float64(vectors)) ** 2).sum(-1)
+    found = np.asarray(jax.jit(nearest)(z, vectors))
+    taken = distance[np.arange(200), found]
+    np.testing.assert_allclose(taken, distance.min(1), rtol=1e-4)  # ties of float32 may differ
+
+
 def test_gradients_pass_straight_through_and_the_commitment_pulls_to_the_code():
     quantizer, z = VectorQuantizer(5, commitment=0.5), draw(0, 4, 2, 3)
     variables = book(draw(1, 5, 3), np.ones(5))
@@ -228,6 +238,12 @@ def test_what_cannot_be_is_said():
     ):
         with pytest.raises(InputError, match=message):
             VectorQuantizer(**fields)
+    with pytest.raises(InputError, match=r"decay is 'a'; it must be a number"):
+        VectorQuantizer(decay="a")
+    with pytest.raises(InputError, match=r"levels is \(3, 1001\); each can be at most 1000"):
+        FiniteScalarQuantizer((3, 1001))
+    with pytest.raises(InputError, match="levels is 8; it must be a number for each channel"):
+        FiniteScalarQuantizer(8)
     with pytest.raises(InputError, match="; it must be at least 2"):
         FiniteScalarQuantizer((3, 1))
     with pytest.raises(InputError, match="make 4294967296 codes; an index has 31 bits"):
