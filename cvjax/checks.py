@@ -5,7 +5,8 @@ of an object by their names alone, `check_at_least(self, copies=1)`: the line na
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,13 @@ Size = int | Sequence[int]  # the side of a square, or (height, width)
 
 
 def check_between(low: float, high: float, **settings: float) -> None:
-    """Raises InputError unless each setting is a number with low <= setting <= high."""
+    """Raises InputError unless each setting is a number with low <= setting <= high.
+
+    An array of JAX, which may be traced, passes.
+    """
     for name, value in settings.items():
+        if isinstance(value, jax.Array):
+            continue
         if isinstance(value, bool) or not isinstance(value, _NUMBER):
             raise InputError(f"{name} is {value!r}; it must be a number")
         if not low <= value <= high:
@@ -27,11 +33,21 @@ def check_between(low: float, high: float, **settings: float) -> None:
             raise InputError(f"{name} is {value}; it must be {bounds}")
 
 
+def check_positive(**settings: float) -> None:
+    """Raises InputError unless each setting is a number above 0; infinity is none. As above."""
+    check_between(-math.inf, math.inf, **settings)
+    for name, value in settings.items():
+        if not isinstance(value, jax.Array) and not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}; it must be above 0")
+
+
 def check_count(least: int, **settings: int) -> None:
-    """Raises InputError unless each setting is a whole number that is at least so large."""
+    """Raises InputError unless each setting is a whole number, `least` <= setting < 2^31."""
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, _WHOLE) or value < least:
             raise InputError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+        if value >= 2**31:  # those on the device have 31 bits
+            raise InputError(f"{name} is {value}; it must be below 2^31, {2**31}")
 
 
 def check_range(low: float, high: float, **settings: Sequence[float]) -> None:
@@ -52,6 +68,23 @@ def check_choice(choices: Collection, **settings: object) -> None:
             raise InputError(f"{name} is {value!r}; it can be {', '.join(first)} or {last}")
 
 
+def check_weights(classes: int, **settings: Sequence[float] | jax.Array | None) -> None:
+    """Raises InputError unless each setting is None, or a number of 0 or more for each class.
+
+    Of arrays of JAX, which may be traced, only how many they are.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        is_known = not isinstance(value, jax.Array)
+        if np.ndim(value) != 1 or (is_known and np.asarray(value).dtype.kind not in "iuf"):
+            raise InputError(f"{name} is {value!r}; it must be a number for each class")
+        if len(value) != classes:
+            raise InputError(f"{name} has {len(value)} numbers, but there are {classes} classes")
+        if is_known and not np.all(np.asarray(value) >= 0):  # NaN is neither
+            raise InputError(f"{name} is {value}; each must be a number of 0 or more")
+
+
 def check_fill(channels: int, fill: object) -> None:
     """Raises InputError unless `fill` is a value from 0 to 255, or one for each channel."""
     values = fill if isinstance(fill, Sequence) and not isinstance(fill, str) else [fill]
@@ -68,6 +101,17 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
             f"{name} is {size!r}; it must be a number of pixels, at least 1, or two of them"
         )
     return int(pair[0]), int(pair[1])
+
+
+def check_call(field: str, function: Callable, *arguments: Any) -> None:
+    """Raises InputError where what was given as `field` does not take such arguments (traced)."""
+    try:
+        jax.eval_shape(function, *arguments)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"{field} does not fit: {type(error).__name__}: {message}") from error
 
 
 def check_unit(

@@ -2,17 +2,20 @@
 
 Targets of exclusive classes are distributions (one-hot, smoothed or mixed: rows sum to 1); those of
 labels that do not exclude each other are probabilities in [0, 1], each for itself. Everything is
-computed in float32. Settings are bound with `functools.partial`, or by a config; another number of
-weights than of classes is an InputError.
+computed in float32. Settings are bound with `functools.partial`, or by a config. InputErrors are
+another number of weights than of classes, negative ones, an `alpha` outside [0, 1], and a `gamma`
+below 0.
 
     y   targets            p   probabilities of the model
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_between, check_count, check_positive, check_weights
 from cvjax.errors import InputError
 
 
@@ -38,6 +41,7 @@ def softmax_focal(
 
     T.-Y. Lin et al., Focal Loss (https://arxiv.org/abs/1708.02002), equation 4, for a softmax.
     """
+    check_between(0, math.inf, gamma=gamma)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = _weighted(targets, "class_weights", class_weights)
     weights = targets * _power(-jnp.expm1(log_p), gamma)
@@ -78,6 +82,8 @@ def sigmoid_focal(
     `alpha` in [0, 1] weighs positive targets, 1 - alpha negative ones; None weighs neither
     (T.-Y. Lin et al., https://arxiv.org/abs/1708.02002, equation 5).
     """
+    check_between(0, math.inf, gamma=gamma)
+    check_between(0, 1, alpha=0.5 if alpha is None else alpha)
     logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
     positive = _times_log(targets, jax.nn.log_sigmoid(logits))
     negative = _times_log(1 - targets, jax.nn.log_sigmoid(-logits))
@@ -97,10 +103,10 @@ def class_balanced_weights(counts: Sequence[int], beta: float = 0.999) -> tuple[
     """
     if not 0 <= beta < 1:
         raise InputError(f"beta is {beta}; it must be in [0, 1)")
-    if min(counts, default=0) < 0 or not any(counts):
-        raise InputError(
-            f"counts are {tuple(counts)}; none may be negative, and one class must have examples"
-        )
+    for number, count in enumerate(counts):
+        check_count(0, **{f"counts[{number}]": count})
+    if not any(counts):
+        raise InputError(f"counts are {tuple(counts)}; one class must have examples")
     weights = [(1 - beta) / (1 - beta**n) if n else 0.0 for n in counts]
     scale = sum(1 for n in counts if n) / sum(weights)
     return tuple(weight * scale for weight in weights)
@@ -126,6 +132,7 @@ def distillation(
     The factor keeps the size of the gradient when T changes. G. Hinton et al., Distilling the
     Knowledge in a Neural Network (https://arxiv.org/abs/1503.02531), section 2.
     """
+    check_positive(**{"distillation: temperature": temperature})
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     return temperature**2 * jnp.sum(_times_log(jnp.exp(log_q), log_q - log_p), axis=-1)
@@ -144,10 +151,7 @@ def _weighted(values: jax.Array, name: str, weights: Sequence[float] | None) -> 
     values = values.astype(jnp.float32)
     if weights is None:
         return values
-    if len(weights) != values.shape[-1]:
-        raise InputError(
-            f"{name} has {len(weights)} numbers, but there are {values.shape[-1]} classes"
-        )
+    check_weights(values.shape[-1], **{name: weights})
     return values * jnp.asarray(weights, jnp.float32)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.checks import check_channels, check_fractions, check_labels
+from cvjax.checks import check_channels, check_fractions, check_labels, check_positive
 from cvjax.classification.losses import (
     distillation,
     sigmoid_distillation,
@@ -85,8 +85,7 @@ class Classification:
             raise InputError(
                 f"label_smoothing is {self.label_smoothing}; without exclusive it must be 0"
             )
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; it must be above 0")
+        check_positive(temperature=self.temperature)
 
     @property
     def objectives(self) -> Sequence[Objective]:

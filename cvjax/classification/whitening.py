@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_count, check_positive
 from cvjax.data.sources import Source
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree
@@ -36,8 +37,11 @@ def whiten(
       epsilon: added to the eigenvalues: directions in which patches hardly vary are not blown up.
 
     Raises:
-      InputError: there is no such layer, or its kernel has another shape.
+      InputError: there is no such layer, its kernel has another shape or is larger than an image,
+        or a setting makes no sense.
     """
+    check_count(1, **{"whiten: examples": examples})
+    check_positive(**{"whiten: epsilon": epsilon})
     layers = params["model"]
     if "kernel" not in layers.get(layer, {}):
         raise InputError(f"whiten: the model has no convolution named {layer!r}")
@@ -53,6 +57,11 @@ def whiten(
     covariance, count = np.zeros((length, length)), 0
     for row in rows:
         image = np.asarray(source[int(row)]["image"])
+        if min(image.shape[:2]) < size:
+            raise InputError(
+                f"whiten: image {row} is {image.shape[0]} x {image.shape[1]}; the kernel of "
+                f"{layer!r} is {size} x {size}"
+            )
         scale = 255 if image.dtype == np.uint8 else 1
         image = (image / scale - np.asarray(mean)) / np.asarray(std)
         windows = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))

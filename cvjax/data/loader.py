@@ -96,7 +96,9 @@ class Loader:
         bad_examples: str | pathlib.Path | None = None,
     ):
         check_count(1, batch_size=batch_size, process_count=process_count)
-        check_count(0, seed=seed, threads=threads, processes=processes)
+        check_count(0, threads=threads, processes=processes)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed!r}; it must be a whole number, 0 .. 2^63 - 1")
         check_count(0, prefetch=prefetch, retries=retries)
         check_between(0, math.inf, backoff=backoff, bad_budget=bad_budget)
         if epochs is not None:  # endless

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_positive
 from cvjax.diffusion.process import Process, time_at
 from cvjax.errors import InputError
 
@@ -36,8 +37,7 @@ def karras(
     process. The default of `sigma_min` is that of the process if it has one, else 0.002. Where the
     process itself stops above it, all steps are of equal length.
     """
-    if rho <= 0:
-        raise InputError(f"karras: rho is {rho}; it must be above 0")
+    check_positive(**{"karras: rho": rho})
     sigma_min = getattr(process, "sigma_min", 0.002) if sigma_min is None else sigma_min
     last, first = (process.sigma(t) / process.alpha(t) for t in (jnp.zeros(()), jnp.ones(())))
     if not 0 < sigma_min < first:

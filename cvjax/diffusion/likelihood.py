@@ -18,6 +18,7 @@ x at t = 0 is alpha(0) x_0 with noise of sigma(0), not x_0. Both functions take 
 the density is that of x_{t=0} / alpha(0), which is x_0 blurred by sigma(0) / alpha(0).
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -40,6 +41,7 @@ def dequantize(pixels: jax.Array, keys: jax.Array, levels: int = 256) -> jax.Arr
     The keys [b] are one for each image. A level k is [2 k / levels - 1, 2 (k + 1) / levels - 1).
     Raises InputError for pixels that are no integers and, outside of jit, of no level.
     """
+    check_count(2, **{"dequantize: levels": levels})
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise InputError(f"dequantize: pixels are {pixels.dtype}; they must be integers")
     if not isinstance(pixels, jax.core.Tracer) and pixels.size:
@@ -80,7 +82,7 @@ def hutchinson(field: Field, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, 
 
 def exact_divergence(field: Field, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same without an error, at one derivative for each number in an image."""
-    size = x[0].size
+    size = math.prod(x.shape[1:])
     value, derivative = jax.linearize(field, x)
 
     def diagonal(direction: jax.Array) -> jax.Array:
@@ -115,8 +117,8 @@ def ode_log_likelihood(
       divergence: `hutchinson` or `exact_divergence`.
     """
     grid = time_steps(times, process, steps)[::-1]
-    x = _checked(x)
-    dimensions = x[0].size
+    x = _checked(x, keys)
+    dimensions = math.prod(x.shape[1:])
 
     def slope(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return divergence(lambda x: velocity(denoise, process, x, t), x, keys)
@@ -159,8 +161,8 @@ def vlb(
     Args: as of `ode_log_likelihood`.
     """
     check_count(1, steps=steps)
-    x = _checked(x)
-    batch, dimensions, axes = len(x), x[0].size, tuple(range(1, x.ndim))
+    x = _checked(x, keys)
+    batch, dimensions, axes = len(x), math.prod(x.shape[1:]), tuple(range(1, x.ndim))
     zero, one = jnp.zeros(batch, x.dtype), jnp.ones(batch, x.dtype)
     highest, lowest = log_snr(process, zero), log_snr(process, one)
     square = lambda x: jnp.sum(x**2, axis=axes)  # noqa: E731
@@ -183,8 +185,12 @@ def vlb(
     return decoder - prior - diffusion
 
 
-def _checked(x: jax.Array) -> jax.Array:
-    """x as floats that are at least as precise as those of the times."""
+def _checked(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """x, which has a key for each row, as floats at least as precise as those of the times."""
+    if keys.shape[:1] != x.shape[:1]:
+        raise InputError(
+            f"keys are {list(keys.shape)}, of {len(x)} images; there must be one for each"
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(
             f"x is {x.dtype}; a density is of floats in [-1, 1]: take what dequantize returns"
@@ -195,4 +201,4 @@ def _checked(x: jax.Array) -> jax.Array:
 def _log_normal(x: jax.Array, sigma: jax.Array) -> jax.Array:
     """log N(x; 0, sigma^2 I), [b]."""
     squares = jnp.sum((x / like(sigma, x)) ** 2, axis=range(1, x.ndim))
-    return -squares / 2 - x[0].size * (jnp.log(2 * jnp.pi) / 2 + jnp.log(sigma))
+    return -squares / 2 - math.prod(x.shape[1:]) * (jnp.log(2 * jnp.pi) / 2 + jnp.log(sigma))

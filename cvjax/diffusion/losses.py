@@ -12,8 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_positive
 from cvjax.diffusion.process import PARAMETERIZATIONS, Process, log_snr
-from cvjax.errors import InputError
 
 Weighting = Callable[[Process, jax.Array], jax.Array]
 
@@ -40,8 +40,7 @@ def min_snr(process: Process, t: jax.Array, *, gamma: float = 5.0) -> jax.Array:
     T. Hang et al., https://arxiv.org/abs/2303.09556, section 3.4. Raises InputError unless
     gamma > 0.
     """
-    if gamma <= 0:
-        raise InputError(f"min_snr: gamma is {gamma}; it must be above 0")
+    check_positive(**{"min_snr: gamma": gamma})
     return jnp.exp(-jnp.maximum(log_snr(process, t) - jnp.log(gamma), 0.0))
 
 
@@ -52,8 +51,7 @@ def edm(process: Process, t: jax.Array, *, sigma_data: float = 0.5) -> jax.Array
     divided by s^2: the preconditioned network's error (see `preconditioning`) has the weight 1.
     Raises InputError unless sigma_data > 0.
     """
-    if sigma_data <= 0:
-        raise InputError(f"edm: sigma_data is {sigma_data}; it must be above 0")
+    check_positive(**{"edm: sigma_data": sigma_data})
     return 1 + jnp.exp(-log_snr(process, t)) / sigma_data**2
 
 
@@ -93,5 +91,7 @@ def sliced_score_matching(
     """
     v = jax.random.normal(rng, x.shape, x.dtype)
     value, along = jax.jvp(score, (x,), (v,))
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    v, value, along = (part.astype(exact) for part in (v, value, along))
     axes = range(1, x.ndim)
     return jnp.sum(v * along, axes) + jnp.sum(value**2, axes) / 2

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_positive
 from cvjax.diffusion.process import Process, like
 from cvjax.errors import InputError
 
@@ -26,8 +27,7 @@ class Preconditioned(nn.Module):
     sigma_data: float = 0.5
 
     def __post_init__(self):
-        if self.sigma_data <= 0:
-            raise InputError(f"Preconditioned: sigma_data is {self.sigma_data}; it must be above 0")
+        check_positive(**{"Preconditioned: sigma_data": self.sigma_data})
         if self.process.prediction != "x0":
             raise InputError(
                 f"Preconditioned: prediction is {self.process.prediction!r}; a preconditioned "

@@ -13,14 +13,16 @@ parameterization is defined at both ends of [0, 1], and the noise that is left a
 grey level or less.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cvjax.checks import check_choices
+from cvjax.checks import check_call, check_choices, check_positive
 from cvjax.errors import InputError, nearest
 
 MARGIN = 1e-3
@@ -28,6 +30,7 @@ MARGIN = 1e-3
 TimeQuantile = Callable[[jax.Array], jax.Array]
 
 
+@runtime_checkable
 class Process(Protocol):
     """What losses and samplers know of a process.
 
@@ -55,13 +58,19 @@ def uniform(u: jax.Array) -> jax.Array:
 def logit_normal(u: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
     """The quantiles of sigmoid(N(mean, std^2)): more often the middle, where most is to learn.
 
-    P. Esser et al., https://arxiv.org/abs/2403.03206, section 3.1.
+    P. Esser et al., https://arxiv.org/abs/2403.03206, section 3.1. Raises InputError unless
+    std > 0.
     """
+    check_positive(**{"logit_normal: std": std})
     return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
 
 
 def log_normal(u: jax.Array, mean: float = -1.2, std: float = 1.2) -> jax.Array:
-    """The quantiles of exp(N(mean, std^2)): the noise levels of EDM (T. Karras et al., table 1)."""
+    """The quantiles of exp(N(mean, std^2)): the noise levels of EDM (T. Karras et al., table 1).
+
+    They are no times in [0, 1]: `EDM` makes such of them. Raises InputError unless std > 0.
+    """
+    check_positive(**{"log_normal: std": std})
     return jnp.exp(mean + std * jax.scipy.special.ndtri(u))
 
 
@@ -204,8 +213,7 @@ class EDM:
     def __post_init__(self):
         _check_prediction(self.prediction)
         _check_sigmas(self.sigma_min, self.sigma_max)
-        if self.std <= 0:
-            raise InputError(f"std is {self.std}; it must be above 0")
+        check_positive(**{"EDM: std": self.std})
 
     def alpha(self, t: jax.Array) -> jax.Array:
         """The factor of x_0."""
@@ -345,6 +353,15 @@ def convert(
     return combine(process, target, *split(process, source, value, x, t), t)
 
 
+def check_times(process: Process) -> None:
+    """Raises InputError unless `process.times` gives times in [0, 1]."""
+    u = jnp.array([1e-6, 0.5, 1 - 1e-6])
+    check_call("process.times", process.times, u)
+    t = np.asarray(process.times(u))
+    if t.shape != u.shape or not np.all((t >= 0) & (t <= 1)):  # NaN is neither
+        raise InputError(f"process.times of {u} are {t}; they must be in [0, 1]")
+
+
 def _half_integral_of_beta(t: jax.Array) -> jax.Array:
     """log alpha of the linear schedule: half the integral of -beta(t) = -0.1 - 19.9 t from 0."""
     t, first, last = _inside(t), 0.1, 20.0
@@ -352,7 +369,7 @@ def _half_integral_of_beta(t: jax.Array) -> jax.Array:
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    if not 0 < sigma_min < sigma_max:
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise InputError(
             f"sigma_min is {sigma_min} and sigma_max {sigma_max}; they must be above 0 and rise"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -9,11 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_at_least, check_labels, check_unit_images
+from cvjax.checks import (
+    check_at_least,
+    check_call,
+    check_fractions,
+    check_labels,
+    check_unit_images,
+)
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
-from cvjax.diffusion.process import FlowMatching, Process, combine, perturb
+from cvjax.diffusion.process import FlowMatching, Process, check_times, combine, perturb
 from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
 from cvjax.errors import InputError
 from cvjax.train.state import Params, PyTree, TrainState
@@ -58,7 +65,8 @@ class Diffusion:
     sample_steps: int = 50
 
     def __post_init__(self):
-        if not 0 <= self.class_dropout < 1:
+        check_fractions(self, "class_dropout")
+        if self.class_dropout == 1:
             raise InputError(f"class_dropout is {self.class_dropout}; it must be in [0, 1)")
         check_at_least(self, num_classes=0, sample_steps=1)
         inside = getattr(self.network, "network", self.network)  # of a preconditioned one
@@ -83,6 +91,7 @@ class Diffusion:
         """
         image, condition = self._clean(batch)
         inputs = self._inputs(image, jnp.zeros(len(image)), condition)
+        check_call("network", self.network.init_with_output, rng, *inputs)
         output, variables = self.network.init_with_output(rng, *inputs)
         expected = (*image.shape[:-1], self._channels)
         if output.shape != expected:
@@ -95,7 +104,8 @@ class Diffusion:
     def check(self, batch: Batch) -> None:
         """Raises InputError unless a batch on the host has images in [0, 1] and labels of classes.
 
-        And if the sampler does not fit the process: else a run would tell that at its first sample.
+        And if the sampler does not fit the process, or another function is none of its kind: else a
+        run would tell that at its first sample. An `adaptive` one that needs more steps does.
         """
         check_unit_images(batch)
         if self.num_classes:
@@ -105,11 +115,15 @@ class Diffusion:
                     f"are: {', '.join(batch)}); give such, or set num_classes to 0"
                 )
             check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
-        shape = tuple(self.image_shape)
-        jax.eval_shape(
-            lambda keys: self.sampler(self._blank, self.process, keys, shape, self.sample_steps),
-            example_keys(jax.random.key(0), 1),
-        )
+        check_times(self.process)
+        shape, steps, ones = tuple(self.image_shape), self.sample_steps, jnp.ones(1)
+        if self.weighting is not None:
+            check_call("weighting", partial(of_prediction, self.weighting, self.process), ones)
+        if self.coupling is not None:
+            image = jnp.zeros((1, *shape))
+            check_call("coupling", self.coupling, image, image, jnp.zeros((1, 2), jnp.int32))
+        sample = lambda keys: self.sampler(self._blank, self.process, keys, shape, steps)  # noqa: E731
+        check_call("sampler", sample, example_keys(jax.random.key(0), 1))
 
     def summary(self) -> str:
         """Says how many evaluations of the network an image takes, of a sampler that fits."""
@@ -313,7 +327,10 @@ class Diffusion:
 
     def _check_process(self) -> None:
         """A preconditioned network knows the process too."""
-        other, t = getattr(self.network, "process", self.process), jnp.linspace(0.1, 0.9, 3)
+        if not isinstance(self.process, Process):
+            kind = getattr(self.process, "__name__", type(self.process).__name__)
+            raise InputError(f"process is {kind}; it must be one of cvjax.diffusion.process")
+        other, t = getattr(self.network, "process", self.process), jnp.linspace(0.0, 1.0, 5)
         is_same = other.prediction == self.process.prediction and all(
             np.allclose(getattr(other, name)(t), getattr(self.process, name)(t))
             for name in ("alpha", "sigma")
@@ -348,6 +365,8 @@ class LearnedVariance(Diffusion):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(self, simple_weight=0, bound_weight=0, bound_steps=1)
+        if not (self.simple_weight or self.bound_weight):
+            raise InputError("simple_weight and bound_weight are 0: nothing is learned")
 
     def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
         """As of `Diffusion`, with the variances for the sampler that uses them."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_unit
+from cvjax.checks import check_at_least, check_unit
 from cvjax.data.captions import encode
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
@@ -68,13 +68,17 @@ class TextToImage(Diffusion):
         super().check(batch)
         if "tokens" not in batch:
             raise InputError(f"captions need a field tokens; there are: {', '.join(batch)}")
-        tokens, most = np.asarray(batch["tokens"])[batch["valid"]], len(self.words)
+        self._check_tokens("a caption of the data", np.asarray(batch["tokens"])[batch["valid"]])
+
+    def _check_tokens(self, who: str, tokens: np.ndarray) -> None:
         if tokens.shape[1:] != (self.length,):
             raise InputError(
-                f"length is {self.length}, but a caption of the data has {list(tokens.shape[1:])} "
-                "tokens; they must be equal"
+                f"length is {self.length}, but {who} has {list(tokens.shape[1:])} tokens; they "
+                "must be equal"
             )
-        if (wrong := tokens[(tokens < 0) | (tokens > most)]).size:
+        most = len(self.words)
+        is_word = (tokens >= 0) & (tokens <= most) & (tokens == np.floor(tokens))  # NaN is none
+        if (wrong := tokens[~is_word]).size:
             raise InputError(f"a token is {wrong[0]}; with {most} words it must be in 0..{most}")
 
     def tokens(self, captions: tuple[str, ...] | list[str]) -> np.ndarray:
@@ -143,8 +147,7 @@ class Upsampler(TextToImage):
                 f"factor is {self.factor}; it must be at least 2 and divide the height and width "
                 f"of image_shape {tuple(self.image_shape)}"
             )
-        if self.augmentation < 0:
-            raise InputError(f"augmentation is {self.augmentation}; it cannot be negative")
+        check_at_least(self, augmentation=0)
         if self.coupling is not None:
             raise InputError("coupling: an upsampler has none, for no two conditions are alike")
 

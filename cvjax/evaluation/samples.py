@@ -128,6 +128,11 @@ class SampleQuality:
             another number of labels.
         """
         images = unit(images)
+        if len(images) <= self.neighbours:
+            raise InputError(
+                f"there are {len(images)} images; with neighbours={self.neighbours} there must be "
+                f"at least {self.neighbours + 1}"
+            )
         shape = self.train.images.shape[1:]
         if images.shape[1:] != shape:
             raise InputError(
@@ -171,9 +176,15 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
     first, and one that cannot be read is made anew.
     """
     records = [source[i] for i in range(len(source))]
-    shapes = {np.shape(record["image"]) for record in records}
     if not records:
         raise InputError("there are no real images: the source is empty")
+    for field in ("image", *(f for f in ("label",) if f in records[0])):
+        missing = [i for i, record in enumerate(records) if field not in record]
+        if missing:
+            raise InputError(f"record {missing[0]} of the real images has no field {field}")
+    if cache is not None and Path(cache).is_file():
+        raise InputError(f"cache={str(cache)!r} is a file; it must be a folder")
+    shapes = {np.shape(record["image"]) for record in records}
     if len(shapes) != 1:
         raise InputError(
             f"real images have {len(shapes)} shapes; all must have one (set image_size of a folder)"
@@ -191,7 +202,7 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
             return Real(images, saved["features"], saved["probabilities"], labels)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)
     features, probabilities = extractor(images)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cvjax.errors import InputError
+from cvjax.checks import check_positive
 
 
 def clipped(
@@ -21,8 +21,7 @@ def clipped(
 
     Raises InputError for a limit that is not positive.
     """
-    if not limit > 0:
-        raise InputError(f"limit is {limit}; it must be positive")
+    check_positive(**{"clipped: limit": limit})
 
     def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         return jax.tree.map(lambda u, p: jnp.clip(p + u, -limit, limit) - p, updates, params)

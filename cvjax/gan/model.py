@@ -72,7 +72,7 @@ class Generator(nn.Module):
             )
         x = nn.Dense(height // scale * (width // scale) * self.widths[0])(z)
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
-        for size in (*self.widths[1:], self.widths[-1] // 2):
+        for size in (*self.widths[1:], max(self.widths[-1] // 2, 1)):
             x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))
             x = depth_to_space(nn.Conv(4 * size, (3, 3))(x), 2)
         x = nn.relu(ConditionalBatchNorm(self.num_classes)(x, label, train=train))

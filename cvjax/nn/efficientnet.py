@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least, check_choices, check_fractions
+from cvjax.checks import check_at_least, check_choices, check_fractions, check_positive
 from cvjax.errors import InputError
 from cvjax.nn import inverted_residual
 from cvjax.nn.convolution import PADDINGS, convolution
@@ -102,12 +102,12 @@ class EfficientNet(nn.Module):
 
     def __post_init__(self):
         check_choices(self, size=SIZES, padding=PADDINGS)
-        check_at_least(self, num_classes=1)
-        check_fractions(self, "stochastic_depth", "dropout")
+        check_at_least(self, num_classes=1, epsilon=0)
+        check_fractions(self, "stochastic_depth", "dropout", "momentum")
         for field in ("width", "depth"):
             value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise InputError(f"EfficientNet: {field} is {value!r}; it must be above 0")
+            if value is not None:
+                check_positive(**{f"EfficientNet: {field}": value})
         if self.stages is not None and not (
             self.stages and all(len(row) == 5 and min(row) > 0 for row in self.stages)
         ):

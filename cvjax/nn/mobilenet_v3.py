@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least, check_choices, check_fractions
+from cvjax.checks import check_at_least, check_choices, check_fractions, check_positive
 from cvjax.errors import InputError
 from cvjax.nn import inverted_residual
 from cvjax.nn.convolution import PADDINGS, convolution
@@ -105,10 +105,9 @@ class MobileNetV3(nn.Module):
 
     def __post_init__(self):
         check_choices(self, size=SIZES, padding=PADDINGS)
-        check_at_least(self, num_classes=1, stem=1)
-        check_fractions(self, "stochastic_depth", "dropout")
-        if not self.width > 0:
-            raise InputError(f"MobileNetV3: width is {self.width!r}; it must be above 0")
+        check_at_least(self, num_classes=1, stem=1, epsilon=0)
+        check_fractions(self, "stochastic_depth", "dropout", "momentum")
+        check_positive(**{"MobileNetV3: width": self.width})
         if self.blocks is not None and not self.blocks:
             raise InputError("MobileNetV3: blocks is empty; it must name at least one")
         super().__post_init__()

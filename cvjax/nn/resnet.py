@@ -156,7 +156,9 @@ class ResNet(nn.Module):
             self, depth=SIZES, stem=STEM_STRIDES, block=(None, "basic", "bottleneck"),
             variant=("b", "d"),
         )  # fmt: skip
-        check_at_least(self, width=1, groups=1, base_width=1, num_classes=1, stage_sizes=1)
+        check_at_least(
+            self, width=1, groups=1, base_width=1, num_classes=1, stage_sizes=1, epsilon=0
+        )
         check_fractions(self, "stochastic_depth", "dropout")
         basic = (self.block or SIZES[self.depth][0]) == "basic"
         if basic and (self.groups, self.base_width) != (1, 64):

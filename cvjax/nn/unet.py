@@ -158,6 +158,13 @@ class UNet(nn.Module):
                 f"UNet: attention is {self.attention!r}; its levels must be in "
                 f"0..{len(self.multipliers) - 1}"
             )
+        for level in self.attention:
+            channels = self.width * self.multipliers[level]
+            if channels % max(1, channels // self.head_features):
+                raise InputError(
+                    f"UNet: head_features is {self.head_features}; it must divide the {channels} "
+                    f"channels at level {level} (width * multipliers[{level}])"
+                )
         super().__post_init__()
 
     @nn.compact

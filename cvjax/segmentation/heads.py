@@ -278,9 +278,16 @@ def to_pixels(score: jax.Array, size: tuple[int, int], subpixel: int = 1) -> jax
 
     The channels of a place become a square of pixels (W. Shi et al., https://arxiv.org/abs/
     1609.05158, equation 4), of which a map that was rounded up has too many at the right and the
-    bottom; the rest of the way is interpolated.
+    bottom; the rest of the way is interpolated. Raises InputError where there would be whole places
+    too many.
     """
     score = depth_to_space(score.astype(jnp.float32), subpixel)
+    if any(side >= wanted + subpixel for side, wanted in zip(score.shape[1:3], size, strict=True)):
+        raise InputError(
+            f"subpixel is {subpixel}, of a map that is {score.shape[1] // subpixel} x "
+            f"{score.shape[2] // subpixel} where the image is {size[0]} x {size[1]}; it can be at "
+            "most the stride of the map"
+        )
     return resize(score[:, : size[0], : size[1]], size)
 
 

@@ -9,11 +9,13 @@ a gradient, when there is none; NaN when a label is neither a class nor `ignore`
 would know.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_between, check_weights
 from cvjax.errors import InputError
 
 IGNORE = 255  # the label of pixels without truth, as in PASCAL VOC
@@ -49,6 +51,7 @@ def focal(
     T.-Y. Lin et al.: Focal Loss for Dense Object Detection (https://arxiv.org/abs/1708.02002),
     equation 5, for the softmax; the `class_weights` w are its alpha. gamma 0 is the cross-entropy.
     """
+    check_between(0, math.inf, gamma=gamma)
     log_p, label, counts = _log_p_of_truth(logits, mask, ignore)
     # 1 - p without cancellation; kept above 0, where a power below 1 would have no gradient.
     wrong = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(jnp.float32).tiny)
@@ -137,11 +140,7 @@ def _where_counted(logits: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def _weights(class_weights: Sequence[float], logits: jax.Array) -> jax.Array:
-    if len(class_weights) != logits.shape[-1]:
-        raise InputError(
-            f"class_weights has {len(class_weights)} numbers, but there are {logits.shape[-1]} "
-            "classes"
-        )
+    check_weights(logits.shape[-1], class_weights=class_weights)
     return jnp.asarray(class_weights, jnp.float32)
 
 

@@ -13,7 +13,7 @@ import optax
 import optax.contrib
 from optax import GradientTransformation, Schedule
 
-from cvjax.checks import check_between, check_choice, check_choices, check_count
+from cvjax.checks import check_between, check_choice, check_choices, check_count, check_positive
 from cvjax.errors import InputError, nearest
 from cvjax.train.state import PyTree
 
@@ -69,11 +69,8 @@ class Optimizer:
             check_between(0, math.inf, **{f"optimizer.weight_decay of {pattern!r}": value})
         for pattern, value in self.freeze or ():  # "no" would be true
             check_choice((False, True), **{f"optimizer.freeze of {pattern!r}": value})
-        is_number = isinstance(self.clip_norm, int | float)
-        if self.clip_norm is not None and not (is_number and self.clip_norm > 0):
-            raise InputError(
-                f"optimizer.clip_norm is {self.clip_norm!r}; it must be a number above 0"
-            )
+        if self.clip_norm is not None:
+            check_positive(**{"optimizer.clip_norm": self.clip_norm})
         if not callable(self.learning_rate):
             check_between(0, math.inf, **{"optimizer.learning_rate": self.learning_rate})
         for name, value in getattr(self.learning_rate, "keywords", {}).items():
@@ -101,7 +98,7 @@ class Optimizer:
         transform = self.transform
         if self.weight_decay is not None:
             transform = _without_own_decay(transform)
-        chain = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
+        chain = [optax.clip_by_global_norm(float(self.clip_norm))] if self.clip_norm else []
         try:
             chain.append(transform(learning_rate=schedule))
         except (TypeError, ValueError) as error:

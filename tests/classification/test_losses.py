@@ -172,7 +172,7 @@ def test_class_balanced_weights():
     "counts, beta", [((1, 2), 1.0), ((1, 2), -0.1), ((0, 0), 0.9), ((3, -1), 0.9), ((), 0.9)]
 )
 def test_weights_that_make_no_sense(counts, beta):
-    with pytest.raises(InputError, match="beta is|counts are"):
+    with pytest.raises(InputError, match="beta is|counts"):
         losses.class_balanced_weights(counts, beta)
 
 
@@ -216,6 +216,25 @@ def test_another_number_of_weights_than_of_classes_is_refused(weights):
             loss(logits, y, class_weights=weights)
     with pytest.raises(InputError, match="positive_weights has"):
         losses.sigmoid_cross_entropy(logits, y, positive_weights=weights)
+
+
+def test_settings_that_make_no_sense():
+    logits, y = F32(LOGITS), F32(SOFT)
+    for function, fields in (
+        (losses.sigmoid_focal, dict(alpha=5.0)),
+        (losses.sigmoid_focal, dict(gamma=-1.0)),
+        (losses.softmax_focal, dict(gamma="a")),
+        (losses.softmax_cross_entropy, dict(class_weights=5)),
+        (losses.softmax_cross_entropy, dict(class_weights=(-1.0, 1.0, 1.0, 1.0))),
+        (losses.softmax_cross_entropy, dict(class_weights=("a", "b", "c", "d"))),
+        (losses.distillation, dict(temperature=0.0)),
+        (losses.distillation, dict(temperature=-1.0)),
+    ):
+        (name,) = fields
+        with pytest.raises(InputError, match=f"{name} is"):
+            function(logits, y, **fields)
+    with pytest.raises(InputError, match=r"counts\[0\] is 1.5; it must be a whole number"):
+        losses.class_balanced_weights((1.5, 2))
 
 
 def test_a_config_names_the_class_balanced_loss():

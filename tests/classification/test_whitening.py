@@ -41,6 +41,13 @@ def test_layers_that_do_not_fit():
     source = Arrays({"image": np.zeros((2, 8, 8, 1), np.uint8)})
     with pytest.raises(InputError, match="no convolution named 'whitening'"):
         whiten({"model": {"conv": {}}}, {}, source=source)
+    good = {"model": {"whitening": {"kernel": jnp.zeros((3, 3, 1, 18))}}}
+    for name, value in dict(examples=0, epsilon=0.0).items():
+        with pytest.raises(InputError, match=f"whiten: {name} is {value}; it must be"):
+            whiten(good, {}, source=source, **{name: value})
+    small = Arrays({"image": np.zeros((2, 2, 8, 1), np.uint8)})
+    with pytest.raises(InputError, match="image 0 is 2 x 8; the kernel of 'whitening' is 3 x 3"):
+        whiten(good, {}, source=small)
     kernel = {"whitening": {"kernel": jnp.zeros((3, 3, 1, 8))}}
     with pytest.raises(InputError, match="its last axis must be 18"):
         whiten({"model": kernel}, {}, source=source)

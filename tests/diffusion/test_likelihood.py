@@ -210,6 +210,13 @@ def test_images_in_half_precision_and_integers(keys):
             function(FlowMatching(), keys, x=np.zeros((400, 2), np.uint8))
 
 
+def test_no_images_and_another_number_of_keys(keys):
+    for function in (functools.partial(by_ode, steps=2), functools.partial(bound, steps=2)):
+        assert function(FlowMatching(), keys[:0], x=POINTS[:0]).shape == (0,)
+        with pytest.raises(InputError, match=r"keys are \[1\], of 2 images"):
+            function(FlowMatching(), keys[:1], x=POINTS[:2])
+
+
 def test_no_steps(keys):
     for function in (by_ode, bound):
         with pytest.raises(InputError, match="steps is 0"):

@@ -152,6 +152,7 @@ def test_sliced_score_matching_finds_the_score_of_a_gaussian():
     np.testing.assert_allclose(value, expected, atol=0.05)
     np.testing.assert_allclose(gradient, other @ covariance - np.eye(2), atol=0.05)
     of_half = jax.jit(lambda x: losses.sliced_score_matching(lambda x: -x, x, jax.random.key(1)))
+    assert of_half(x.astype(jnp.bfloat16)).dtype == jnp.float32
     assert np.all(np.isfinite(np.float32(of_half(x[:4].astype(jnp.bfloat16)))))
 
 

@@ -325,7 +325,7 @@ def test_steps_that_are_too_few_for_euler_maruyama_leave_the_noise_that_it_says(
         (bind(heun, s_noise=-1.0), "s_noise is -1.0"),
         (bind(churned, s_min=60.0), "no step begins at a noise level"),
         (bind(predictor_corrector, corrections=-1), "corrections is -1"),
-        (bind(predictor_corrector, snr=0.0), "snr 0.0"),
+        (bind(predictor_corrector, snr=0.0), "snr is 0.0"),
     ],
 )
 def test_impossible_settings(sampler, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -9,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cvjax.diffusion import grids, losses
 from cvjax.diffusion.coupling import optimal_coupling
+from cvjax.diffusion.editing import repaint, slerp
 from cvjax.diffusion.learned_variance import ddpm_learned
 from cvjax.diffusion.preconditioning import Preconditioned
-from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, logit_normal, uniform
+from cvjax.diffusion.process import (
+    EDM,
+    FlowMatching,
+    VariancePreserving,
+    log_normal,
+    logit_normal,
+    uniform,
+)
 from cvjax.diffusion.samplers import adaptive, ddim, dpm_solver_2m, euler_maruyama, heun, unipc
 from cvjax.diffusion.task import Diffusion, LearnedVariance
 from cvjax.errors import InputError
+from cvjax.nn.resnet import ResNet
 from cvjax.nn.unet import UNet
 from cvjax.train.state import TrainState
 from cvjax.train.task import Task
@@ -186,12 +197,29 @@ def test_guidance_without_class_dropout_is_one_line():
         dict(class_dropout=1.0),
         dict(num_classes=-1),
         dict(sample_steps=0),
+        dict(process=UNet(num_classes=3)),
         dict(image_shape=(9, 9, 1)),
     ],
 )
 def test_impossible_fields(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         task_of(Linear(), **wrong).init(jax.random.key(0), batch_of())
+
+
+def test_a_network_of_another_kind_is_one_line():
+    with pytest.raises(InputError, match="network does not fit: TypeError"):
+        task_of(ResNet(depth=18, num_classes=3)).init(jax.random.key(0), batch_of())
+
+
+def test_two_processes_that_differ_at_little_noise_alone_are_not_equal():
+    network = Preconditioned(UNet(num_classes=3), EDM(sigma_min=0.002))
+    with pytest.raises(InputError, match="that of the network is"):
+        task_of(network, process=EDM(sigma_min=0.0035))
+
+
+def test_nothing_to_learn_is_one_line():
+    with pytest.raises(InputError, match="simple_weight and bound_weight are 0"):
+        LearnedVariance(Linear(), simple_weight=0.0, bound_weight=0.0)
 
 
 def test_classes_of_task_and_network_must_agree():
@@ -209,6 +237,12 @@ def test_classes_of_task_and_network_must_agree():
         (dict(process=EDM(), sample_steps=20), "does not fit EDM.*take times=grids.karras"),
         (dict(sampler=functools.partial(unipc, order=7)), "order is 7"),
         (dict(sampler=ddpm_learned), "has no variances; train a LearnedVariance"),
+        (dict(process=FlowMatching(times=log_normal)), r"process.times of .*must be in \[0, 1\]"),
+        (dict(process=FlowMatching(times=grids.karras)), "process.times does not fit: TypeError"),
+        (dict(weighting=losses.sliced_score_matching), "weighting does not fit: TypeError"),
+        (dict(coupling=slerp), "coupling does not fit"),
+        (dict(sampler=repaint), "sampler does not fit: TypeError"),
+        (dict(sampler=functools.partial(heun, s_noise=math.nan, s_churn=2.0)), "s_noise is nan"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_told_before_the_training(fields, message):

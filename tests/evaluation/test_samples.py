@@ -114,6 +114,14 @@ def test_real_features_are_kept_until_something_changes(extractor, tmp_path, mon
     assert calls == [20] * 4 and not list(tmp_path.glob("*.part"))
     real_features(extractor, source(20), None)
     assert calls == [20] * 5
+    for file in tmp_path.iterdir():  # the others are too short; a bit that says it is encrypted
+        content = bytearray(file.read_bytes())
+        if len(content) == 100:
+            continue
+        content[content.index(b"PK\1\2") + 8] ^= 1
+        file.write_bytes(content)
+    repaired = real_features(extractor, source(20), tmp_path)
+    np.testing.assert_array_equal(repaired.features, first.features)
 
 
 def test_features_in_half_precision_are_kept_too(tmp_path):
@@ -239,10 +247,20 @@ def test_what_cannot_be_is_said(extractor):
         extractor(np.repeat(images, 3, -1))
     with pytest.raises(InputError, match=r"the task predicts latent; output='sample'"):
         quality.add({"latent": images}, {"valid": np.ones(20, bool)})
-    with pytest.raises(InputError, match=r"n >= 6, d"):
-        quality.score(images[:4])
+    for few in (0, 4):
+        message = f"there are {few} images; with neighbours=5 there must be at least 6"
+        with pytest.raises(InputError, match=message):
+            quality.score(images[:few])
     with pytest.raises(InputError, match=r"labels are \[19\]; they must be \[20\]"):
         quality.score(images, np.zeros(19, int))
+    images, labels = images[:8], np.zeros(8, int)
+    records = [{"image": x, "label": y} for x, y in zip(images, labels, strict=True)]
+    for field in ("image", "label"):
+        some = [*records[:7], {name: x for name, x in records[7].items() if name != field}]
+        with pytest.raises(InputError, match=f"record 7 of the real images has no field {field}"):
+            real_features(extractor, some, None)
+    with pytest.raises(InputError, match="is a file; it must be a folder"):
+        real_features(extractor, records, __file__)
     with pytest.raises(InputError, match="no images were added"):
         quality.result()
     with pytest.raises(InputError, match="there are 5 held-out images; with neighbours=5"):

@@ -144,7 +144,7 @@ def test_clipped_weights_stay_in_their_box():
     jax.tree.map(
         lambda p, u, b: np.testing.assert_allclose(p + u, b, atol=1e-7), params, second, once
     )
-    with pytest.raises(InputError, match="limit is 0; it must be positive"):
+    with pytest.raises(InputError, match="limit is 0; it must be above 0"):
         clipped(optax.sgd, 0.1, limit=0)
 
 

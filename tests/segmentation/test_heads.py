@@ -80,6 +80,11 @@ def test_any_size_of_image_gives_logits_of_that_size(name, strides):
             for c, s in enumerate(strides, start=4)
         ]
         init = functools.partial(head.init_with_output, size=size)
+        if name == "UNet, subpixel" and strides[0] == 1 and size != (1, 1):
+            # More pixels than there are: they would be those of the upper left part alone.
+            with pytest.raises(InputError, match="subpixel is 2, of a map that is"):
+                jax.eval_shape(init, jax.random.key(0), maps)
+            continue
         logits, _ = jax.eval_shape(init, jax.random.key(0), maps)
         assert logits.shape == (2, *size, CLASSES) and logits.dtype == jnp.float32
 

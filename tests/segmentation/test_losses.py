@@ -279,3 +279,8 @@ def test_what_does_not_fit():
     for loss in (cross_entropy, focal):
         with pytest.raises(InputError, match="3 numbers, but there are 4 classes"):
             loss(logits, mask, class_weights=(1.0, 2.0, 3.0))
+        for weights in (3.0, "abcd", ("a", "b", "c", "d"), (1.0, 2.0, -1.0, 0.0)):
+            with pytest.raises(InputError, match="class_weights is"):
+                loss(logits, mask, class_weights=weights)
+    with pytest.raises(InputError, match="gamma is -1.0"):
+        focal(logits, mask, gamma=-1.0)

@@ -1,10 +1,12 @@
 """The probability flow ODE by an adaptive Runge-Kutta method (`pip install 'cvjax[diffusion]'`)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvjax.checks import check_count
+from cvjax.checks import check_between, check_count, check_positive
 from cvjax.diffusion.process import Process
 from cvjax.diffusion.samplers.integration import Denoise, Shape, begin
 from cvjax.diffusion.samplers.ode import velocity
@@ -53,6 +55,8 @@ def solve(
     """As `adaptive`, and how often each image asked the network, int32 [b]."""
     diffrax = _diffrax()
     check_count(1, steps=steps)
+    check_between(0, math.inf, **{"adaptive: rtol": rtol})
+    check_positive(**{"adaptive: atol": atol})
     x = begin(process, keys, shape, start)
 
     # The solver sees one image; the network sees the batch, with all that belongs to its rows. What

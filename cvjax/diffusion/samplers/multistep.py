@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_choice, check_count
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, like, log_snr, perturb, split
 from cvjax.diffusion.samplers.integration import (
@@ -22,7 +23,6 @@ from cvjax.diffusion.samplers.integration import (
     integrate,
     time_steps,
 )
-from cvjax.errors import InputError
 
 
 def dpm_solver_2m(
@@ -80,8 +80,8 @@ def unipc(
     they take at order 2. A step that is more than twice as long in lambda as the one before is
     extrapolated from its beginning alone.
     """
-    if order not in (1, 2, 3):
-        raise InputError(f"unipc: order is {order}; it can be 1, 2 or 3")
+    check_count(1, **{"unipc: order": order})
+    check_choice((1, 2, 3), **{"unipc: order": order})
     grid = time_steps(times, process, steps)
     alpha, sigma = at_times(process.alpha, grid), at_times(process.sigma, grid)
     tables = _unipc_tables(np.log(np.float64(alpha) / sigma), alpha, sigma, order)

@@ -1,9 +1,12 @@
 """One-step methods for the probability flow ODE dx/dt = velocity (Y. Song et al., equation 13)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_between
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, convert, like, time_at
 from cvjax.diffusion.samplers.integration import (
@@ -71,8 +74,7 @@ def heun(
       InputError: negative settings, or churn at no step.
     """
     for name, value in dict(s_churn=s_churn, s_min=s_min, s_noise=s_noise).items():
-        if value < 0:
-            raise InputError(f"heun: {name} is {value}; it must be at least 0")
+        check_between(0, math.inf, **{f"heun: {name}": value})
     grid = time_steps(times, process, steps)
     ratio = at_times(process.sigma, grid) / at_times(process.alpha, grid)
     is_churned = (s_min <= ratio[:-1]) & (ratio[:-1] <= s_max)

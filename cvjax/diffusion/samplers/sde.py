@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cvjax.checks import check_count, check_positive
 from cvjax.diffusion import grids
 from cvjax.diffusion.process import Process, convert, diffusion, drift, like, posterior, split
 from cvjax.diffusion.samplers.integration import (
@@ -69,11 +70,8 @@ def predictor_corrector(
     2 (snr sigma)^2: theirs, with the norm of the score as it is expected, |z| / sigma, in place of
     its mean over a batch, so that an image does not depend on its neighbours.
     """
-    if corrections < 0 or snr <= 0:
-        raise InputError(
-            f"predictor_corrector: corrections is {corrections} and snr {snr}; they must be at "
-            "least 0 and above 0"
-        )
+    check_count(0, **{"predictor_corrector: corrections": corrections})
+    check_positive(**{"predictor_corrector: snr": snr})
     grid = time_steps(times, process, steps)
 
     def predict(x: jax.Array, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
