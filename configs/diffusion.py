@@ -69,6 +69,8 @@ def get_config(tiny: bool = False) -> ConfigDict:
         transform=dict(
             type="optax.contrib.muon",
             muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            preconditioning="aol",  # after it three steps do what five did
+            ns_steps=3,
         ),
         learning_rate=dict(type="optax.cosine_decay_schedule", init_value=1e-2),
         warmup_steps=50,

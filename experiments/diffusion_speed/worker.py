@@ -113,7 +113,8 @@ def torch_optimizer(name: str, network, layout):
     kernels = [p for p in network.parameters() if p.ndim > 1]
     matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in kernels]
     assert [p.data_ptr() for p in kernels] == [p.data_ptr() for p in matrices]
-    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0)
+    steps = ours()[1].transform.keywords["ns_steps"]
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0, ns_steps=steps)
     others = [p for p in network.parameters() if p.ndim < 2]
     adam = torch.optim.Adam(others, lr=RATE, foreach=True)
 
