@@ -12,8 +12,8 @@ transposed convolutions depth-to-space.
 1): FD-digits 0.65, 0.70 (held-out real digits in their place 0.14), precision .823, .833 (.943),
 recall .933, .940 (.945), median distance to the nearest training image 5.2 (5.0): most are clean
 digits. Classes (configs/conditional_gan.py) are worth more. With what the discriminator sees
-shifted by up to two pixels (DiffAugment), and a shorter average, FD-digits was 1.2; with a longer one (decay 0.9995) and a
-rate that falls to 0 it is 0.97 (seed 0).
+shifted by up to two pixels (DiffAugment), and a shorter average, FD-digits was 1.2; with a longer
+one (decay 0.9995) and a rate that falls to 0 it is 0.97 (seed 0).
 
 So shifted, few latents were worth much, and so was a wide generator; FD-digits after 2,000 steps:
 

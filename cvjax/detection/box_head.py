@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least
+from cvjax.checks import check_at_least, check_positive
 from cvjax.detection.coders import decode_deltas
 from cvjax.detection.dense import Detections, select
 from cvjax.detection.rpn import box_loss
 from cvjax.detection.sampling import Samples
+from cvjax.errors import InputError
 
 
 class BoxHead(nn.Module):
@@ -45,6 +46,9 @@ class BoxHead(nn.Module):
 
     def __post_init__(self):
         check_at_least(self, num_classes=1, features=1, size=1)
+        if len(self.weights) != 4:
+            raise InputError(f"BoxHead: weights is {self.weights}; it must be four numbers")
+        check_positive(**{f"BoxHead: weights[{i}]": w for i, w in enumerate(self.weights)})
         super().__post_init__()
 
     @nn.compact

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least
+from cvjax.checks import check_at_least, check_fractions
 from cvjax.detection.boxes import clip
 from cvjax.detection.dense import Detections, Tower, level_sizes, output_layer, select
 from cvjax.detection.heatmaps import centre_heatmap
@@ -76,6 +76,7 @@ class CenterNet(nn.Module):
 
     def __post_init__(self):
         check_normalizer(self.normalizer)
+        check_fractions(self, "overlap")
         super().__post_init__()
 
     @nn.compact

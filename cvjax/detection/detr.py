@@ -187,7 +187,8 @@ class DETR(nn.Module):
             raise InputError(f"DETR: no_object is {self.no_object}; it must be in (0, 1]")
         check_at_least(self, num_classes=1, queries=1, decoder_layers=1, encoder_layers=0)
         check_at_least(self, features=1, heads=1, hidden=1)
-        check_fractions(self, "dropout")
+        check_at_least(self, class_cost=0, box_cost=0, giou_cost=0)
+        check_fractions(self, "dropout", "score")
         super().__post_init__()
 
     @nn.compact

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_count, check_labels
+from cvjax.checks import check_between, check_count, check_labels, check_positive
 from cvjax.detection.overlap import box_area, box_overlap, keypoint_similarity, mask_overlap
 from cvjax.errors import InputError
 
@@ -65,6 +65,7 @@ class CocoEvaluator:
         for part in self.parts:
             if part not in _PARTS:
                 raise InputError(f"parts: {part!r} is none of {', '.join(_PARTS)}")
+        check_positive(**{f"sigmas[{i}]": sigma for i, sigma in enumerate(self.sigmas or ())})
         self._images = {part: [[] for _ in range(self.num_classes)] for part in self.parts}
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
@@ -235,6 +236,7 @@ class VocEvaluator:
 
     def __post_init__(self) -> None:
         _check_classes(self.num_classes, self.class_names)
+        check_between(0, 1, threshold=self.threshold)
         self._found = [[] for _ in range(self.num_classes)]
         self._count = np.zeros(self.num_classes, int)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least, check_choices
+from cvjax.checks import check_at_least, check_choices, check_positive
 from cvjax.detection import assigners
 from cvjax.detection.anchors import grid_points
 from cvjax.detection.coders import MAX_LOG_SCALE, decode_distances, encode_distances
@@ -116,6 +116,7 @@ class FCOS(nn.Module):
 
     def __post_init__(self):
         check_at_least(self, reach=0)
+        check_positive(**{"FCOS: radius": self.radius})
         check_normalizer(self.normalizer)
         check_choices(self, distances=DISTANCES)
         super().__post_init__()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from cvjax.checks import check_at_least, check_fractions
+from cvjax.checks import check_at_least, check_fractions, check_positive
 from cvjax.detection.deconvolution import Deconvolution
 from cvjax.detection.dense import Detections
 from cvjax.detection.losses import binary_cross_entropy
@@ -49,6 +49,7 @@ class MaskHead(nn.Module):
     def __post_init__(self):
         check_at_least(self, num_classes=1, features=1, depth=0, size=1, detail=0)
         check_fractions(self, "threshold")
+        check_positive(**{"MaskHead: threshold": self.threshold})
         super().__post_init__()
 
     @nn.compact

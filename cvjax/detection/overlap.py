@@ -50,7 +50,8 @@ def keypoint_similarity(
     )
     known = truth[..., 2] > 0
     is_empty = ~known.any(axis=-1)
-    away = np.where(is_empty[:, None, None], outside, away)
+    # What is not annotated may be anything, NaN included.
+    away = np.where(known[..., None], away, np.where(is_empty[:, None, None], outside, 0))
     variance = (2 * np.asarray(sigmas, np.float64)) ** 2
     scale = 2 * variance * (area.astype(np.float64)[:, None] + np.spacing(1))
     weight = known | is_empty[:, None]

@@ -273,6 +273,8 @@ BAD = {
     "size of text": (put("images", 0, "width", value="9"), "image a.png: it is '9' x 8"),
     "large": (put("images", 0, "width", value=2**40), "image a.png: .*more than max_pixels"),
     "twice": (put("images", 1, "id", value=0), "image b.png: there are two images with the id 0"),
+    "true": (put("images", 1, "id", value=True), r"has the id True.*whole number"),
+    "image true": (put("annotations", 0, "image_id", value=True), "no image .* True"),
     "no id": (put("images", 1, "id", value=KeyError), r"b.png: .* has the id None.*whole number"),
 }  # fmt: skip
 

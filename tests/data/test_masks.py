@@ -113,6 +113,15 @@ def test_lists_of_voc_with_a_second_column_a_mark_of_utf_8_and_spaces_in_names(t
     (root / "ImageSets" / "Segmentation" / "dog_val.txt").write_text(text, "utf-8")
     source = VocSegmentation(root, "dog_val")
     assert [example_id(source, i) for i in range(2)] == ["a street", "2007_000039"]
+    # A name that ends as such a column does.
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        file = root / folder / f"a street.{suffix}"
+        file.with_stem("a street 1").write_bytes(file.read_bytes())
+    text = "a street\na street 1\na street 1  -1\na street 0\n"
+    (root / "ImageSets" / "Segmentation" / "dog_val.txt").write_text(text, "utf-8")
+    source = VocSegmentation(root, "dog_val")
+    names = ["a street", "a street 1", "a street 1", "a street"]
+    assert [example_id(source, i) for i in range(4)] == names
 
 
 @pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012", "TrainVal/VOCdevkit/VOC11"])

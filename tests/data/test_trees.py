@@ -80,7 +80,7 @@ def test_windows_anywhere_in_training_are_functions_of_their_index(folder):
 def test_what_cannot_be_used_is_one_line(folder, monkeypatch):
     for fields, message in (
         ({"split": "tset"}, "it can be .train. or .test."), ({"window": 401}, "window=401"),
-        ({"window": 0}, "size is 0"), ({"count": 0}, "at least 1"), ({"seed": -1}, "seed=-1"),
+        ({"window": 0}, "window is 0"), ({"count": 0}, "count is 0"), ({"seed": -1}, "seed is -1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             Trees(path=folder, **fields)

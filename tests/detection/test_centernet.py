@@ -119,3 +119,9 @@ def test_the_heat_loss_and_its_gradient_are_finite_for_huge_logits():
             assert np.isfinite(value) and np.isfinite(slope)
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         CenterNet(ENCODER, CenterNetHead(3), normalizer="epoch")
+
+
+@pytest.mark.parametrize("overlap", [2.0, -1.0])
+def test_an_overlap_is_a_share(overlap):
+    with pytest.raises(InputError, match=f"overlap is {overlap}; it must be in"):
+        CenterNet(ENCODER, CenterNetHead(CLASSES), overlap=overlap)

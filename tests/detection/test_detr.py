@@ -199,6 +199,10 @@ def test_impossible_settings():
         detector(queries=4).losses(outputs_of(queries=4), truth_of(), SIZE)
     with pytest.raises(InputError, match=r"no_object is 0; it must be in \(0, 1\]"):
         detector(no_object=0)
+    for wrong in (dict(score=2.0), dict(class_cost=-1.0), dict(box_cost=-5.0), dict(giou_cost="a")):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(InputError, match=f"DETR: {name} is {value!r}; it must be"):
+            detector(**wrong)
     with pytest.raises(InputError, match="decoder_layers is 0"):
         detector(decoder_layers=0)
     with pytest.raises(InputError, match="normalizer is 'epoch'"):

@@ -221,6 +221,17 @@ def test_more_detections_than_count(kind, part):
     assert min(per_label) > 100, "both limits are passed"
 
 
+def test_a_point_that_is_not_annotated_may_be_anything():
+    points = np.array([[[5, 5, 2], [np.nan, np.nan, 0], [9, 9, 2]]])
+    box, area = np.array([[4.0, 4.0, 10.0, 10.0]]), np.array([36.0])
+    found = np.array([[[5, 5, 1], [1, 1, 1], [9, 9, 1]]])
+    np.testing.assert_array_equal(keypoint_similarity(found, points, box, area, (0.1,) * 3), 1.0)
+    with pytest.raises(InputError, match=r"sigmas\[1\] is 0.0; it must be above 0"):
+        CocoEvaluator(3, parts=("keypoints",), sigmas=(0.1, 0.0))
+    with pytest.raises(InputError, match="threshold is nan; it must be in"):
+        VocEvaluator(3, threshold=float("nan"))
+
+
 def test_seventeen_points_have_the_sigmas_of_coco():
     outputs, batch = random_set(4)
     for arrays in (outputs, batch):

@@ -188,5 +188,8 @@ def test_the_number_of_parameters_is_that_of_torchvision():
 def test_impossible_settings():
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         FCOS(ENCODER, FCOSHead(3), normalizer="epoch")
+    for radius in (0.0, -1.0):
+        with pytest.raises(InputError, match=f"radius is {radius}; it must be above 0"):
+            FCOS(ENCODER, FCOSHead(3), radius=radius)
     with pytest.raises(InputError, match="distances is 'log'; it can be 'exp' or 'relu'"):
         FCOS(ENCODER, FCOSHead(3), distances="log")

@@ -458,6 +458,12 @@ def test_the_number_of_parameters_is_that_of_torchvision(heads, classes, expecte
 def test_impossible_settings():
     with pytest.raises(InputError, match="normalizer is 'epoch'"):
         RCNN(None, None, None, normalizer="epoch")
+    with pytest.raises(InputError, match=r"weights\[2\] is 0.0; it must be above 0"):
+        BoxHead(CLASSES, weights=(1.0, 1.0, 0.0, 1.0))
+    with pytest.raises(InputError, match="it must be four numbers"):
+        BoxHead(CLASSES, weights=(1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match="threshold is 0.0; it must be above 0"):
+        MaskHead(CLASSES, threshold=0.0)
     x, truth = np.zeros((2, 4, 4, CLASSES + 1)), {"keypoints": np.zeros((5, POINTS, 3))}
     with pytest.raises(InputError, match="the batch has no masks"):
         MaskHead(CLASSES).losses(x, None, truth)

@@ -64,7 +64,8 @@ class Coco:
         images: the folder of the images.
         annotations: the JSON file.
         image_size: None keeps each image as it is, so that batches need a transform that resizes;
-            else it is scaled to fit inside (height, width), or the side of a square.
+            else it is scaled to fit inside (height, width), or the side of a square, and what
+            reaches beyond it is cut off: boxes, and keypoints, which are then not visible.
         max_instances: rows of a record. It is said how many objects are left out for that.
         masks: whether records have masks; then each object needs a segmentation.
         keypoints: whether records have keypoints; an object without has all invisible ones.
@@ -242,7 +243,7 @@ def _named(entry: object, key: str, number: int) -> str:
 
 def _identity(entry: object, number: int, where: str) -> int | str:
     identity = _whole(_get(entry, "id"))
-    if not isinstance(identity, int | str):
+    if type(identity) not in (int, str):  # true would be 1
         raise ValueError(
             f"{where}[{number}] has the id {short(identity)}: it must be a whole number or text"
         )
@@ -252,9 +253,11 @@ def _identity(entry: object, number: int, where: str) -> int | str:
 def _read_image(entry: dict, folder: pathlib.Path, max_pixels: int) -> _Image:
     name, height, width = (_whole(entry.get(key)) for key in ("file_name", "height", "width"))
     if not isinstance(name, str) or not name:
-        raise ValueError(f"its file_name is {short(name)}")
+        raise ValueError(f"its file_name is {short(name)}: it must be a text")
     if any(type(side) is not int or side < 1 for side in (height, width)):
-        raise ValueError(f"it is {short(width)} x {short(height)} pixels")
+        raise ValueError(
+            f"it is {short(width)} x {short(height)} pixels: both must be whole numbers, at least 1"
+        )
     if height * width > max_pixels:
         raise ValueError(f"it has {width} x {height} pixels, more than max_pixels={max_pixels}")
     # Unlike pathlib's, this is False for a name that no file can have.
@@ -266,7 +269,7 @@ def _read_image(entry: dict, folder: pathlib.Path, max_pixels: int) -> _Image:
 def _image_of(entry: object, images: dict[Any, _Image | None]) -> _Image | None:
     """The image of an annotation; None where that one is bad itself."""
     identity = _whole(_get(entry, "image_id"))
-    if not isinstance(identity, int | str) or identity not in images:
+    if type(identity) not in (int, str) or identity not in images:
         raise ValueError(f"there is no image with its image_id {short(identity)}")
     return images[identity]
 
@@ -288,7 +291,7 @@ def _read_object(
     check_box(corners, image.height, image.width, f"its bbox {short(box)} (x, y, width, height)")
     area = entry.get("area", box[2] * box[3])
     if not is_numbers([area]) or not 0 <= area <= _MOST_AREA:
-        raise ValueError(f"its area is {short(area)}")
+        raise ValueError(f"its area is {short(area)}: it must be a number, at least 0")
     flags = [_whole(entry.get(name, 0)) for name in ("iscrowd", "ignore")]
     for name, flag in zip(("iscrowd", "ignore"), flags, strict=True):
         if not isinstance(flag, int) or flag not in (0, 1):

@@ -104,7 +104,9 @@ def _read_runs(segmentation: dict, height: int, width: int) -> np.ndarray:
     if isinstance(counts, str):
         counts = _decode(counts)
     if not is_numbers(counts) or any(type(n) is not int or n < 0 for n in counts):
-        raise ValueError(f"segmentation has counts {short(counts)}: run lengths are not negative")
+        raise ValueError(
+            f"segmentation has counts {short(counts)}: run lengths are whole and not negative"
+        )
     if sum(counts) != height * width:
         raise ValueError(
             f"segmentation has run lengths of {sum(counts)} pixels: the image of {width} x "

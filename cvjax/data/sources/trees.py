@@ -7,9 +7,9 @@ import pathlib
 
 import numpy as np
 
-from cvjax.checks import check_choices
+from cvjax.checks import check_at_least, check_choices
 from cvjax.data.sources import Example
-from cvjax.data.sources.instances import LeftOut, check_settings, read_image, record
+from cvjax.data.sources.instances import LeftOut, read_image, record
 from cvjax.data.sources.voc_xml import read_objects
 from cvjax.data.transforms import fields
 from cvjax.errors import InputError
@@ -58,12 +58,9 @@ class Trees:
 
     def __post_init__(self) -> None:
         check_choices(self, split=_PHOTOGRAPHS)
-        check_settings(3, self.window, self.max_instances, self.count)
-        if self.window > 400 or self.seed < 0:
-            raise InputError(
-                f"window={self.window} and seed={self.seed}: a window is at most 400 pixels, a "
-                "seed at least 0"
-            )
+        check_at_least(self, window=1, max_instances=1, count=1, seed=0)
+        if self.window > 400:
+            raise InputError(f"window={self.window}: a window is at most 400 pixels")
         folder = _folder() if self.path is None else pathlib.Path(self.path).expanduser()
         files = tuple(str(folder / name) for name in _PHOTOGRAPHS[self.split])
         places = []

@@ -1,6 +1,7 @@
 """PASCAL VOC and sets in its format: segmentation, and detection."""
 
 import dataclasses
+import os
 import pathlib
 import re
 
@@ -185,11 +186,16 @@ def _find(path: str | pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path
         raise InputError(f"split={split!r} does not exist in {lists}{nearest(split, splits)}")
     # What is no text is the name of no file, and that is said where the file is wanted.
     lines = (lists / f"{split}.txt").read_text("utf-8-sig", errors="replace").splitlines()
-    # The lists of one class have a second column; a name may have spaces.
-    names = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()]
+    names = [_name(line.strip(), root) for line in lines if line.strip()]
     if not names:
         raise InputError(f"{lists / split}.txt names no images")
     return root, names
+
+
+def _name(line: str, root: pathlib.Path) -> str:
+    """The lists of one class have a second column; but a name may have spaces, too."""
+    is_image = os.path.isfile(os.path.join(root, "JPEGImages", f"{line}.jpg"))
+    return line if is_image else re.sub(r"\s+(-1|0|1)$", "", line)
 
 
 def _find_root(folder: pathlib.Path, kind: str) -> pathlib.Path:
