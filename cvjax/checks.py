@@ -163,7 +163,9 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> N
     if not num_classes:
         return
     if np.asarray(labels).dtype.kind in "US":
-        raise InputError(f"{name} is {labels.flat[0]!r}; classes are numbers, 0..{num_classes - 1}")
+        raise InputError(
+            f"{name} is {str(labels.flat[0])!r}; classes are numbers, 0..{num_classes - 1}"
+        )
     wrong = labels[~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)))]
     if wrong.size:
         raise InputError(

@@ -5,9 +5,7 @@ channels. Files are written beside their place and renamed: who reads one never 
 """
 
 import os
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
+from cvjax import files
 from cvjax.checks import check_count, check_unit
 
 Series = tuple[ArrayLike, ArrayLike]
@@ -103,8 +102,12 @@ def masks(
     `labels` choose the colours, as in `boxes`. The colours of a map of classes are drawn by
     `masks(image, classes == np.arange(n)[:, None, None])`.
     """
-    picture = _colored(image)
-    masks = np.asarray(masks, bool).reshape(-1, *picture.shape[:2])
+    picture, masks = _colored(image), np.asarray(masks, bool)
+    if masks.ndim != 3 or masks.shape[1:] != picture.shape[:2]:
+        raise ValueError(
+            f"the masks have shape {masks.shape}; they must be [n, {picture.shape[0]}, "
+            f"{picture.shape[1]}], as the image"
+        )
     for mask, color in zip(masks, _colors(len(masks), labels), strict=True):
         picture[mask] = (1 - opacity) * picture[mask] + opacity * color
     return picture
@@ -114,7 +117,8 @@ def points(
     image: ArrayLike, points: ArrayLike, labels: ArrayLike | None = None, width: int = 3
 ) -> np.ndarray:
     """Draws points [n, 2], x and y in pixels, as squares into a copy of an image: [h, w, 3]."""
-    corner = np.asarray(points, np.float64).reshape(-1, 2) - width / 2
+    # Whole here, or halves would be rounded to even numbers, and squares be of two widths.
+    corner = np.floor(np.asarray(points, np.float64).reshape(-1, 2) - width / 2 + 0.5)
     squares = np.concatenate([corner, corner + width], axis=1)
     return boxes(image, squares, labels, width=width)
 
@@ -229,7 +233,7 @@ def save_png(path: str | os.PathLike, image: ArrayLike) -> None:
     check_unit(image)
     pixels = np.round(255 * image.astype(np.float32)).astype(np.uint8)
     pixels = pixels[..., 0] if image.shape[-1] == 1 else pixels
-    _replace(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+    files.replace(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
 def curves(
@@ -282,7 +286,7 @@ def curves(
         if names != [panel]:
             beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
             axes.legend(fontsize="small", **beside)
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    files.replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
@@ -322,15 +326,3 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
     count = np.convolve(finite, window, mode="same")
     total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _replace(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a new file beside `path`, then gives it the name `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        write(new)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -15,11 +15,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cvjax import config as configs
-from cvjax import draw
+from cvjax import draw, files
 from cvjax.build import build, check_value
 from cvjax.data.sources import example_id
 from cvjax.errors import InputError, from_callbacks, nearest
-from cvjax.train.evaluation import eval_loader_of, evaluate, places, prediction_key
+from cvjax.train.evaluation import (
+    eval_loader_of,
+    evaluate,
+    naming_shapes,
+    places,
+    prediction_key,
+)
 from cvjax.train.loop import fit
 from cvjax.train.restore import load_state
 from cvjax.train.sharding import check_batch_size, data_mesh, put_whole_batch, replicated
@@ -74,8 +80,12 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
         log.info("stage %s", folder.name)
         code = _run(stage, built, folder, mode)
         if mode == "train" and workdir.exists() and jax.process_index() == 0:
+            # Of each stage what was trained: one that is refused has changed nothing.
+            done = {name: workdir / name / "config.json" for name in plain["stages"]}
+            trained = {n: json.loads(f.read_text()) for n, f in done.items() if f.is_file()}
             with writing(workdir):
-                write_json(workdir / "config.json", plain)
+                whole = {**plain, "stages": {**plain["stages"], **trained}}
+                write_json(workdir / "config.json", whole)
         if code:
             return code
     return 0
@@ -250,8 +260,12 @@ def _predict(task, state, data, batch_size: int, loader, seed: int, workdir: Pat
     predict = jax.jit(task.predict, out_shardings=replicated(mesh))
     for number, batch in enumerate(eval_loader_of(data, batch_size, loader).iterate()):
         place = places(batch, number)
-        placed = put_whole_batch({**batch, **place}, mesh)
-        outputs = jax.device_get(predict(state.averaged_params, state.model_state, placed, rng))
+        # A text is for people, and no task reads one.
+        numbers = {name: x for name, x in batch.items() if x.dtype.kind not in "US"}
+        placed = put_whole_batch({**numbers, **place}, mesh)
+        with naming_shapes(batch):
+            outputs = predict(state.averaged_params, state.model_state, placed, rng)
+        outputs = jax.device_get(outputs)
         for name, value in outputs.items():
             if value.dtype.kind == "V":  # NumPy files have no bfloat16
                 outputs[name] = value.astype(np.float32)
@@ -269,7 +283,12 @@ def _predict(task, state, data, batch_size: int, loader, seed: int, workdir: Pat
             columns |= {f"{name}/{i}": v for i, v in zip(index, chain(*parts), strict=True)}
             told.append(f"{name}/0 and so on")
     columns["id"] = np.array([example_id(data, int(index)) for index in columns["index"]])
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **columns)
+
     with writing(workdir):
-        np.savez(workdir / "predictions.npz", **columns)
+        files.replace(workdir / "predictions.npz", write)
     print(f"{workdir / 'predictions.npz'}: {', '.join(told)}")
     return 0

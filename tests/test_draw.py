@@ -210,6 +210,21 @@ def test_a_table_has_a_line_for_each_row():
     assert draw.table({"class": []}).shape[0] < picture.shape[0]
 
 
+@pytest.mark.parametrize("place", [4, 5, 4.5, 5.49, 5.5])
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_point_is_a_square_of_that_width_wherever_it_is(place, width):
+    picture = draw.points(np.zeros((12, 12, 1), np.float32), [[place, place]], width=width)
+    rows, columns = np.nonzero(picture.any(-1))
+    assert np.ptp(rows) + 1 == np.ptp(columns) + 1 == width
+    assert abs(rows.mean() + 0.5 - place) <= 0.5
+
+
+def test_masks_of_another_size_are_refused():
+    for shape in ((2, 12, 10), (1, 5, 24), (10, 12)):
+        with pytest.raises(ValueError, match=r"they must be \[n, 10, 12\], as the image"):
+            draw.masks(np.zeros((10, 12, 1), np.float32), np.zeros(shape, bool))
+
+
 def test_painted_masks_are_those_of_masks_with_the_first_on_top():
     rng = np.random.default_rng(0)
     images = rng.random((2, 9, 11, 1), np.float32)

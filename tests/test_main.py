@@ -1,6 +1,7 @@
 """The program as a person uses it: bad input, resuming, signals, kills, and what is left behind."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -362,6 +363,45 @@ def test_evaluate_and_predict_read_the_saved_config(tmp_path, capfd):
         load_run(tmp_path / "run", [("task.guidence", "3")])
     with pytest.raises(InputError, match="there is no run to load"):
         load_run(tmp_path)
+
+
+def test_evaluate_and_predict_say_what_other_data_lack(tmp_path, capfd, monkeypatch):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    recipe = DIFFUSION.replace("diffusion", "classification")
+    assert main.main([f"--config={recipe}", workdir]) == 0
+    images, labels = np.zeros((6, 28, 28, 1), np.uint8), np.arange(6)
+    sets = {
+        "fractions": (images, labels / 7, r"label is 0\."),
+        "names": (images, labels.astype(str), r"label is '\d'"),
+        "colours": (images.repeat(3, axis=-1), labels, r"other shapes: image \[28, 28, 3\]"),
+    }
+    path = tmp_path / "set.npz"
+    flags = [
+        f"--config.data.test.{name}={value}"
+        for name, value in dict(
+            type="data.sources.arrays.Npz", path=path, image_key="x", label_key="y"
+        ).items()
+    ]
+    for name, (x, y, message) in sets.items():
+        np.savez(path, x=x, y=y)
+        capfd.readouterr()
+        assert main.main(["--mode=evaluate", workdir, *flags]) == 2, name
+        assert re.search(message, capfd.readouterr().err), name
+        # Predictions need no labels.
+        assert main.main(["--mode=predict", workdir, *flags]) == (2 if name == "colours" else 0)
+    assert not (tmp_path / "run/evaluation.json").exists()
+    # What cannot be written leaves the file of before as it was.
+    before = (tmp_path / "run/predictions.npz").read_bytes()
+    np.savez(path, x=images, y=labels)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert main.main(["--mode=predict", workdir, *flags]) == 2
+    assert (tmp_path / "run/predictions.npz").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".predictions*"))
 
 
 def test_predictions_in_half_precision_can_be_read(tmp_path):

@@ -127,7 +127,9 @@ class Classification:
             )
         params = {"model": variables.pop("params")}
         if self.teacher is not None:
-            variables["teacher"] = self.teacher.init(rngs, image, train=False)
+            # Of another key: one of the same kind would else be the student itself.
+            own = {name: jax.random.fold_in(key, 1) for name, key in rngs.items()}
+            variables["teacher"] = self.teacher.init(own, image, train=False)
             params["teacher"] = variables["teacher"].pop("params")
         return params, variables
 

@@ -230,7 +230,7 @@ def _paint(images: jax.Array, objects: Mapping[str, jax.Array], shown: jax.Array
     if "keypoints" in objects:
         points = objects["keypoints"]
         b, n, k, _ = points.shape
-        corner = points[..., :2] - POINT / 2
+        corner = jnp.floor(points[..., :2] - POINT / 2 + 0.5)
         squares = jnp.concatenate([corner, corner + POINT], axis=-1).reshape(b, n * k, 4)
         colors = jnp.broadcast_to(jnp.arange(k), (b, n, k)).reshape(b, n * k)
         known = (shown[..., None] & (points[..., 2] > 0)).reshape(b, n * k)

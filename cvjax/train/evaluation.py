@@ -1,16 +1,19 @@
 """The metrics and pictures of the whole of the held-out data."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax.errors import ScopeParamShapeError
 
 from cvjax.data.loader import Loader
 from cvjax.errors import InputError, naming_fields
 from cvjax.train import sharding
 from cvjax.train.metrics import means, pairs
+from cvjax.train.start import first_batch
 from cvjax.train.state import TrainState
 from cvjax.train.task import Task
 
@@ -46,7 +49,19 @@ def evaluate(
     mesh = sharding.data_mesh()
     sharding.check_batch_size(batch_size, mesh)
     batches = eval_loader_of(data, batch_size, loader)
+    options = {**(loader or {}), "transforms": (loader or {}).get("eval_transforms", ())}
+    first_batch(task, data, batch_size, options)  # which the task may refuse
     return Evaluation(task, batches, evaluators or {}, mesh, seed)(state)
+
+
+@contextlib.contextmanager
+def naming_shapes(batch: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Parameters that do not fit a batch, as of grey levels and colours, are one line."""
+    try:
+        yield
+    except ScopeParamShapeError as error:
+        shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in batch.items())
+        raise InputError(f"the model was trained on examples of other shapes: {shapes}") from error
 
 
 class Evaluation:
@@ -95,9 +110,10 @@ class Evaluation:
             rng = jax.random.fold_in(self.rng, number)
             on_device = sharding.put_whole_batch(batch, self.mesh)
             place = sharding.put_whole_batch(places(batch, number), self.mesh)
-            metrics, outputs = self.measure(
-                params, model_state, on_device, place, rng, prediction_key(self.rng)
-            )
+            with naming_shapes(batch):
+                metrics, outputs = self.measure(
+                    params, model_state, on_device, place, rng, prediction_key(self.rng)
+                )
             sums.append(pairs(metrics))
             outputs = jax.device_get(outputs)
             for name, evaluator in evaluators.items():

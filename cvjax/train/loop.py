@@ -203,6 +203,12 @@ def fit(
         raise InputError(f"best is {best!r}, which is not evaluated{nearest(best, measured)}")
     if check_only:
         return Result(like)
+    untrained = like.params.keys() - {group for group, _ in task.objectives}
+    if untrained and task.objectives and initialize is None:
+        log.warning(
+            "no objective trains %s, and initialize is not set: in a new run it is random",
+            ", ".join(sorted(untrained)),
+        )
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
         is_new = checkpoints = restored = None
@@ -377,7 +383,7 @@ def _removed_if_refused(directory: Path | None) -> Iterator[None]:
     """A directory that was made for a run which cannot begin does not stay behind."""
     try:
         yield
-    except InputError:
+    except Exception:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -5,13 +5,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from cvjax import draw
+from cvjax import draw, files
 from cvjax.errors import InputError
 
 
@@ -42,9 +42,8 @@ class JsonLines:
         self.directory = Path(workdir)
         self.path = self.directory / "metrics.jsonl"
         self.rows = [row for row in read_json_lines(self.path) if row["step"] <= resume_step]
-        replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(_line(row) for row in self.rows))
-        os.replace(replacement, self.path)
+        text = "".join(_line(row) for row in self.rows)
+        files.replace(self.path, lambda new: new.write_text(text))
         self._file = self.path.open("a", buffering=1)
         self._drawn = 0  # lines that are in curves.png
 
@@ -216,9 +215,8 @@ def writing(workdir: str | os.PathLike | None) -> Iterator[None]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a file that is whole or not there."""
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(replacement, path)
+    text = json.dumps(value, indent=2) + "\n"
+    files.replace(path, lambda new: new.write_text(text))
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -232,9 +230,13 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and type(row.get("step")) is int and _are_numbers(row.values()):
             rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(v is None or type(v) in (int, float) for v in values)
 
 
 def _line(row: Mapping[str, float]) -> str:

@@ -30,7 +30,8 @@ def test_lines_after_the_resumed_step_are_written_anew(tmp_path):
 
 
 def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 2, "a": 1}\n')
+    damaged = b'\xff\xfe\n{"step": 1, "a": "x"}\n{"step": true}\n{"step": 1, "a": [1]}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(damaged + b'{"step": 2, "a": 1}\n')
     assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 2, "a": 1}]
 
 
