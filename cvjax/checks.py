@@ -4,8 +4,9 @@ Arguments of functions are given by name with their value, `check_count(1, copie
 of an object by their names alone, `check_at_least(self, copies=1)`: the line names its class.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,15 +104,25 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def check_call(field: str, function: Callable, *arguments: Any) -> None:
-    """Raises InputError where what was given as `field` does not take such arguments (traced)."""
+@contextlib.contextmanager
+def fitting(field: str) -> Iterator[None]:
+    """What was given as `field` is called in here: arguments that it does not take are one line."""
     try:
-        jax.eval_shape(function, *arguments)
+        yield
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"{field} does not fit: {type(error).__name__}: {message}") from error
+
+
+def check_call(field: str, function: Callable, *arguments: Any) -> Any:
+    """The shapes of what was given as `field` makes of such arguments; nothing is computed.
+
+    Raises InputError where it does not take them.
+    """
+    with fitting(field):
+        return jax.eval_shape(function, *arguments)
 
 
 def check_unit(

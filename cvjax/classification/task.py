@@ -10,7 +10,14 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.checks import check_channels, check_fractions, check_labels, check_positive
+from cvjax.checks import (
+    check_call,
+    check_channels,
+    check_fractions,
+    check_labels,
+    check_positive,
+    fitting,
+)
 from cvjax.classification.losses import (
     distillation,
     sigmoid_distillation,
@@ -114,7 +121,7 @@ class Classification:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections; also the teacher's.
 
-        Raises InputError for a model whose output is not [b, classes].
+        Raises InputError for a model whose output is not [b, classes], or a loss that is not [b].
         """
         params_rng, dropout_rng = jax.random.split(rng)
         rngs, image = {"params": params_rng, "dropout": dropout_rng}, self._input(batch)
@@ -124,6 +131,11 @@ class Classification:
             raise InputError(
                 f"the model gives {list(logits.shape)} for {len(image)} images; it must be logits "
                 f"[{len(image)}, {classes}]"
+            )
+        found = check_call("loss_function", self.loss_function, logits, logits)
+        if getattr(found, "shape", None) != (len(image),):
+            raise InputError(
+                f"loss_function gives {found}; it must be a number for each of {len(image)} images"
             )
         params = {"model": variables.pop("params")}
         if self.teacher is not None:
@@ -141,9 +153,11 @@ class Classification:
         dropout_rng, augment_rng, mix_rng = (jax.random.fold_in(rng, i) for i in range(3))
         mixed = None
         if self.augment is not None:
-            batch = {**batch, "image": self.augment(batch["image"], augment_rng)}
+            with fitting("augment"):
+                batch = {**batch, "image": self.augment(batch["image"], augment_rng)}
         if self.mix is not None:
-            mixed = self.mix(batch["image"], mix_rng, valid)
+            with fitting("mix"):
+                mixed = self.mix(batch["image"], mix_rng, valid)
             batch = {**batch, "image": mixed.images}
         variables = {"params": params["model"], **_own(state.model_state)}
         rngs = {"dropout": dropout_rng}

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cvjax.checks import fitting
 from cvjax.data.loader import Loader
-from cvjax.errors import InputError
 from cvjax.train import sharding
 from cvjax.train.optimizer import optimizers_by_group
 from cvjax.train.state import PyTree, TrainState
@@ -79,12 +79,8 @@ def initialized(
     state: TrainState, initialize: Callable, optimizers: Mapping[str, Any], mesh: Mesh
 ) -> TrainState:
     """The state with other params and model state; averages and optimizers start from these."""
-    try:
+    with fitting("initialize"):
         params, model_state, table = initialize(state.params, state.model_state)
-    except InputError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"initialize does not fit: {type(error).__name__}: {error}") from error
     log.info("%s", table)
     # Some optimizers begin with a copy of the params (optax.contrib.schedule_free).
     start = jax.jit(

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cvjax.build import build
@@ -424,6 +425,22 @@ def test_shifted_views(rows, columns):
         source = y - rows, x - columns
         source = [abs(i) if i < n else 2 * (n - 1) - i for i, n in zip(source, (5, 6), strict=True)]
         assert moved[0, y, x, 0] == image[0, source[0], source[1], 0]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(loss_function=optax.sigmoid_binary_cross_entropy), "loss_function gives .*each"),
+        (dict(loss_function=optax.adamw), "loss_function does not fit: TypeError"),
+        (dict(augment=jnp.sum), "augment does not fit"),
+        (dict(mix=jax.nn.relu), "mix does not fit: TypeError"),
+    ],
+)
+def test_functions_of_another_kind_are_one_line(fields, message):
+    task, batch = Classification(Linear(), **fields), batch_of(4)
+    with pytest.raises(InputError, match=message):
+        params, state = task.init(jax.random.key(0), batch)
+        task.loss(params, SimpleNamespace(model_state=state), batch, jax.random.key(0))
 
 
 def test_a_student_learns_from_a_teacher():
