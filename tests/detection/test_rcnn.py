@@ -296,7 +296,7 @@ def test_a_batch_is_learned_by_heart():
         boxes, labels, masks, points = objects  # the first on top
         expected = draw.masks(batch["image"][0], masks, labels)
         expected = draw.boxes(expected, boxes, labels)
-        corner = points[..., ::-1, :2].reshape(-1, 2) - 1.5
+        corner = np.floor(points[..., ::-1, :2].reshape(-1, 2) - 1)  # three pixels, whole
         squares = np.concatenate([corner, corner + 3], -1)
         expected = draw.boxes(expected, squares, np.tile(np.arange(POINTS)[::-1], len(points)))
         np.testing.assert_allclose(picture[2:38, column : column + 50], expected, atol=1e-5)
