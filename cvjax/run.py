@@ -82,7 +82,9 @@ def run(config: ConfigDict, workdir: Path, mode: str = "train") -> int:
         if mode == "train" and workdir.exists() and jax.process_index() == 0:
             # Of each stage what was trained: one that is refused has changed nothing.
             done = {name: workdir / name / "config.json" for name in plain["stages"]}
-            trained = {n: json.loads(f.read_text()) for n, f in done.items() if f.is_file()}
+            trained = {
+                n: configs.save_json(configs.load_json(f)) for n, f in done.items() if f.is_file()
+            }
             with writing(workdir):
                 whole = {**plain, "stages": {**plain["stages"], **trained}}
                 write_json(workdir / "config.json", whole)

@@ -16,6 +16,7 @@ from cvjax.checks import (
     check_fractions,
     check_labels,
     check_unit_images,
+    fitting,
 )
 from cvjax.diffusion.guidance import classifier_free
 from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
@@ -91,8 +92,8 @@ class Diffusion:
         """
         image, condition = self._clean(batch)
         inputs = self._inputs(image, jnp.zeros(len(image)), condition)
-        check_call("network", self.network.init_with_output, rng, *inputs)
-        output, variables = self.network.init_with_output(rng, *inputs)
+        with fitting("network"):
+            output, variables = self.network.init_with_output(rng, *inputs)
         expected = (*image.shape[:-1], self._channels)
         if output.shape != expected:
             raise InputError(

@@ -97,7 +97,9 @@ class Evaluation:
         jax.eval_shape(self.visualize, params, model_state, shapes, self.rng)
         outputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), outputs)
         for name, evaluator in self.evaluators.items():
-            _check(name, evaluator, self.task)
+            with _naming(name):
+                if hasattr(evaluator, "check"):
+                    evaluator.check(self.task)
             _add(name, copy.deepcopy(evaluator), outputs, batch)
         return list(metrics)
 
@@ -133,20 +135,17 @@ class Evaluation:
         return found, pictures
 
 
-def _check(name: str, evaluator: Evaluator, task: Task) -> None:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
     try:
-        if hasattr(evaluator, "check"):
-            evaluator.check(task)
+        yield
     except InputError as error:
         raise InputError(f"evaluators.{name}: {error}") from error
 
 
 def _add(name: str, evaluator: Evaluator, outputs: Mapping, batch: Mapping) -> None:
-    try:
-        with naming_fields("it", outputs, batch):
-            evaluator.add(outputs, batch)
-    except InputError as error:
-        raise InputError(f"evaluators.{name}: {error}") from error
+    with _naming(name), naming_fields("it", outputs, batch):
+        evaluator.add(outputs, batch)
 
 
 def places(batch: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:

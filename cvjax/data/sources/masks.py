@@ -159,10 +159,10 @@ def _classes(mask: Image.Image) -> Image.Image:
     # white. As what it reads a file, stands in the tile, say "L;4I".
     args = mask.tile[0].args if mask.tile else ""
     kind = args if isinstance(args, str) else str((*args, "")[0])
-    numbers = np.asarray(ImageOps.exif_transpose(mask)).astype(np.int64)
+    numbers = np.asarray(ImageOps.exif_transpose(mask))
     if grey := re.fullmatch("(1|L);?([24]?)(I?)R?", kind):
         most = 1 if grey[1] == "1" else 2 ** int(grey[2] or 8) - 1
-        numbers = numbers * most // (1 if grey[1] == "1" else 255)
+        numbers = numbers // (1 if grey[1] == "1" else 255 // most)
         numbers = most - numbers if grey[3] else numbers
     if numbers.max() > 255 or numbers.min() < 0:
         raise ValueError(

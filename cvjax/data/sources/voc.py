@@ -194,8 +194,9 @@ def _find(path: str | pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path
 
 def _name(line: str, root: pathlib.Path) -> str:
     """The lists of one class have a second column; but a name may have spaces, too."""
-    is_image = os.path.isfile(os.path.join(root, "JPEGImages", f"{line}.jpg"))
-    return line if is_image else re.sub(r"\s+(-1|0|1)$", "", line)
+    name = re.sub(r"\s+(-1|0|1)$", "", line)
+    whole = os.path.join(root, "JPEGImages", f"{line}.jpg")
+    return line if name != line and os.path.isfile(whole) else name
 
 
 def _find_root(folder: pathlib.Path, kind: str) -> pathlib.Path:
