@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cvjax import config as configs
 from cvjax.errors import InputError, nearest
+from cvjax.nn.onednn import use_onednn
 from cvjax.run import default_workdir, run
 from cvjax.train.guards import NonFiniteError
 from cvjax.train.sharding import join_processes
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         flags, changes = parse(arguments)
         if flags.distributed:
             join_processes()
+        if flags.onednn:
+            use_onednn()
         if flags.config is None and (flags.workdir is None or flags.mode == "train"):
             raise InputError("--config is missing: python main.py --config=configs/diffusion.py")
         workdir = flags.workdir or default_workdir(flags.config, changes)
@@ -51,6 +54,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str
     parser.add_argument("--workdir", type=Path, help="where the run is kept (default: runs/<name>)")
     parser.add_argument("--mode", default="train", help="train, evaluate or predict")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--onednn", action="store_true", help="convolutions on a CPU by oneDNN")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags, others = parser.parse_known_args(arguments)
     modes = ("train", "evaluate", "predict")

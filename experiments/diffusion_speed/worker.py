@@ -1,6 +1,6 @@
 """One side of the comparison: the main job's training step or its whole sampler.
 
-python worker.py jax|eager|channels_last|compile ADAM|MUON train|sample
+python worker.py jax|onednn|eager|channels_last|compile ADAM|MUON train|sample
 python worker.py same
 """
 
@@ -11,7 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.step_time.turns import serve
+from cvjax.nn.onednn import use_onednn
+from experiments.step_time.turns import OUR_MODES, serve
 
 BATCH, SAMPLES, RATE, DECAY, CLIP = 32, 40, 1e-3, 0.998, 1.0
 RANDOM = np.random.default_rng(0)
@@ -196,4 +197,7 @@ if __name__ == "__main__":
         same()
     else:
         mode, optimizer, kind = sys.argv[1:]
-        serve(jax_step(optimizer, kind) if mode == "jax" else torch_step(mode, optimizer, kind))
+        if mode == "onednn":
+            use_onednn()
+        is_ours = mode in OUR_MODES
+        serve(jax_step(optimizer, kind) if is_ours else torch_step(mode, optimizer, kind))

@@ -2,9 +2,10 @@
 
     pip install torch==2.13.0 timm && python experiments/step_time/run.py
 
-Each network runs in one process of ours and three of PyTorch's (eager, channels-last, compiled and
-channels-last), which take turns; the ratio is ours to the fastest of theirs, round by round.
-Prints the table as Markdown. Add names to measure only those.
+Each network runs in two processes of ours (as it is, and with convolutions by oneDNN) and three of
+PyTorch's (eager, channels-last, compiled and channels-last), which take turns; the ratios are ours
+to the fastest of theirs, round by round. Prints the table as Markdown. Add names to measure only
+those.
 """
 
 import argparse

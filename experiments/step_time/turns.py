@@ -17,10 +17,11 @@ from cvjax.cpu import ENVIRONMENT  # noqa: E402
 # PyTorch's side may have an interpreter of its own: no one need have both, nor both for one Python.
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 TORCH_MODES = ("eager", "channels_last", "compile")
-MODES, ROUNDS, SECONDS = ("jax", *TORCH_MODES), 5, 1.0
+OUR_MODES = ("jax", "onednn")
+MODES, ROUNDS, SECONDS = (*OUR_MODES, *TORCH_MODES), 5, 1.0
 HEADER = (
-    "| network | | ours, ms | eager | channels-last | compile | ratio (range) |\n"
-    "|---|---|---|---|---|---|---|"
+    "| network | | ours, ms | by oneDNN | eager | channels-last | compile | ratio (range) "
+    "| by oneDNN (range) |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -68,7 +69,7 @@ class Worker:
 def compare(script: Path, name: str, kind: str) -> str:
     """A row of the table, of `script MODE NAME KIND` in all modes in turn.
 
-    The ratio is ours to that of PyTorch's three ways which has the least median, round by round.
+    The ratios are ours to that of PyTorch's three ways which has the least median, by rounds.
     """
     workers = {mode: Worker(script, mode, name, kind) for mode in MODES}
     steps = {mode: max(1, round(1000 * SECONDS / one.time(2))) for mode, one in workers.items()}
@@ -79,9 +80,8 @@ def compare(script: Path, name: str, kind: str) -> str:
     for worker in workers.values():
         worker.close()
     best = min(TORCH_MODES, key=lambda mode: statistics.median(times[mode]))
-    ratios = sorted(a / b for a, b in zip(times["jax"], times[best], strict=True))
     cells = [f"{statistics.median(times[mode]):.1f}" for mode in MODES]
-    return (
-        f"| {name} | {kind} | {' | '.join(cells)} | {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} .. {ratios[-1]:.2f}) |"
-    )
+    for mode in OUR_MODES:
+        ratios = sorted(a / b for a, b in zip(times[mode], times[best], strict=True))
+        cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})")
+    return f"| {name} | {kind} | {' | '.join(cells)} |"

@@ -1,6 +1,6 @@
 """One side of the comparison: builds a network and times blocks of steps when it is told to.
 
-    python worker.py jax|eager|channels_last|compile NAME train|inference
+    python worker.py jax|onednn|eager|channels_last|compile NAME train|inference
 
 Reads a number of steps per line and answers with the milliseconds of each step.
 """
@@ -9,7 +9,9 @@ import sys
 
 import numpy as np
 from networks import NETWORKS
-from turns import serve
+from turns import OUR_MODES, serve
+
+from cvjax.nn.onednn import use_onednn
 
 
 def torch_step(network, mode: str, train: bool):
@@ -79,7 +81,10 @@ def main() -> None:
     """Builds and serves."""
     mode, name, kind = sys.argv[1:]
     network, train = NETWORKS[name], kind == "train"
-    step = jax_step(network, train) if mode == "jax" else torch_step(network, mode, train)
+    if mode == "onednn":
+        use_onednn()
+    is_ours = mode in OUR_MODES
+    step = jax_step(network, train) if is_ours else torch_step(network, mode, train)
     serve(step)
 
 

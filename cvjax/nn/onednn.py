@@ -1,0 +1,138 @@
+"""Convolutions on a CPU by oneDNN (https://github.com/uxlfoundation/oneDNN), PyTorch's library.
+
+The jaxlib of Linux on x86-64 carries it, with an operation for a convolution, but XLA's compiler
+was built without the pass that would put it into programs. Here the operation is written where a
+program is made from `lax.conv_general_dilated`; gradients are convolutions, too, so that they, and
+`vmap`, are as JAX has them. `experiments/step_time` has what it is worth.
+"""
+
+import json
+import platform
+import sys
+from functools import partial
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.extend.core.primitives import conv_general_dilated_p
+from jax.interpreters import mlir
+
+from cvjax.errors import InputError
+
+# The operation is XLA's own affair and may change: only in these was it tried.
+VERSIONS = ("0.10.", "0.12.")
+_FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
+
+
+def use_onednn() -> None:
+    """From now on this process gives convolutions on a CPU to oneDNN; to be called before others.
+
+    Those of images in float32, in both modes of differentiation, in programs for one device or, by
+    `shard_map`, for one each; all others stay XLA's: groups, gradients of strided ones for their
+    input, one pixel or fewer than four features of output, other types, programs that XLA divides
+    between devices. Results differ from XLA's by roundings.
+
+    XLA cannot keep such programs: JAX's compilation cache is turned off, and each start compiles.
+
+    Raises:
+      InputError: where jaxlib has no oneDNN, or is of a version that was not tried.
+    """
+    found = version("jaxlib")
+    if (sys.platform, platform.machine()) != ("linux", "x86_64") or not found.startswith(VERSIONS):
+        raise InputError(
+            f"oneDNN is in jaxlib {' and '.join(f'{one}x' for one in VERSIONS)} for Linux on "
+            f"x86_64; this is jaxlib {found} on {sys.platform}, {platform.machine()}"
+        )
+    # Private, so not above: another version may have another one.
+    from jax._src.lax.convolution import _conv_general_dilated_lower
+
+    own = partial(_conv_general_dilated_lower, expand_complex_convolutions=True)
+
+    def lower(context: mlir.LoweringRuleContext, x: Any, kernel: Any, **options: Any) -> Any:
+        if not _is_for_onednn(context, **options):
+            return own(context, x, kernel, **options)
+        convolve = partial(_convolve, shape=context.avals_out[0].shape, **options)
+        return mlir.lower_fun(convolve, multiple_results=False)(context, x, kernel)
+
+    mlir.register_lowering(conv_general_dilated_p, lower, platform="cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it asks once, with its first program
+
+
+def _is_for_onednn(
+    context: mlir.LoweringRuleContext,
+    *,
+    padding: tuple[tuple[int, int], ...],
+    lhs_dilation: tuple[int, ...],
+    dimension_numbers: Any,
+    feature_group_count: int,
+    batch_group_count: int,
+    **_: Any,
+) -> bool:
+    (x, kernel), (out,) = context.avals_in, context.avals_out
+    devices = context.module_context.axis_context
+    if isinstance(devices, mlir.SPMDAxisContext):
+        is_one_device = devices.manual_axes == frozenset(devices.mesh.axis_names)
+    else:
+        is_one_device = getattr(devices, "num_devices", None) == 1
+    _, features, *spatial = dimension_numbers.out_spec
+    return (
+        is_one_device
+        and x.ndim == 4
+        and x.dtype == kernel.dtype == out.dtype == jnp.float32
+        and min(x.size, kernel.size, out.size) > 0
+        and feature_group_count == batch_group_count == 1
+        and set(lhs_dilation) == {1}
+        and min(pad for pads in padding for pad in pads) >= 0
+        and out.shape[features] >= _FEW_FEATURES
+        and prod(out.shape[axis] for axis in spatial) > 1  # else it is a product of matrices
+    )
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    window_strides: tuple[int, int],
+    padding: tuple[tuple[int, int], ...],
+    rhs_dilation: tuple[int, int],
+    dimension_numbers: Any,
+    **_: Any,
+) -> jax.Array:
+    # Layouts are (batch, feature, height, width), of a kernel (output, input, height, width).
+    # For images that are not NHWC oneDNN has but a form that takes 500 times as long.
+    nhwc = lambda layout: (layout[0], *layout[2:], layout[1])  # noqa: E731
+    of_x, of_kernel, of_out = dimension_numbers
+    image = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    convolution = {
+        "dims": 4,
+        "input": image,
+        "kernel": {
+            "filter": {
+                "output_feature_dim": of_kernel[0],
+                "input_feature_dim": of_kernel[1],
+                "spatial_dims": of_kernel[2:],
+            }
+        },
+        "output": image,
+        "window": {
+            "pad_left": [low for low, _ in padding],
+            "pad_right": [high for _, high in padding],
+            "strides": window_strides,
+            "window_dilations": rhs_dilation,
+        },
+        "feature_groups": 1,
+    }
+    out = jax.ShapeDtypeStruct([shape[axis] for axis in nhwc(of_out)], x.dtype)
+    call = jax.ffi.ffi_call(
+        "__onednn$convolution",
+        out,
+        custom_call_api_version=1,
+        legacy_backend_config=json.dumps({"onednn_conv_config": convolution}),
+    )
+    return call(x.transpose(nhwc(of_x)), kernel).transpose(np.argsort(nhwc(of_out)))
