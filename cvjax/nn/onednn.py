@@ -26,6 +26,7 @@ from cvjax.errors import InputError
 # The operation is XLA's own affair and may change: only in these was it tried.
 VERSIONS = ("0.10.", "0.12.")
 _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
+_MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
 
 
 def use_onednn() -> None:
@@ -33,8 +34,8 @@ def use_onednn() -> None:
 
     Those of images in float32, in both modes of differentiation, in programs for one device or, by
     `shard_map`, for one each; all others stay XLA's: groups, gradients of strided ones for their
-    input, one pixel or fewer than four features of output, other types, programs that XLA divides
-    between devices. Results differ from XLA's by roundings.
+    input, fewer than four features, other types, programs that XLA divides between devices. Results
+    differ from XLA's by roundings.
 
     XLA cannot keep such programs: JAX's compilation cache is turned off, and each start compiles.
 
@@ -79,7 +80,6 @@ def _is_for_onednn(
         is_one_device = devices.manual_axes == frozenset(devices.mesh.axis_names)
     else:
         is_one_device = getattr(devices, "num_devices", None) == 1
-    _, features, *spatial = dimension_numbers.out_spec
     return (
         is_one_device
         and x.ndim == 4
@@ -88,8 +88,7 @@ def _is_for_onednn(
         and feature_group_count == batch_group_count == 1
         and set(lhs_dilation) == {1}
         and min(pad for pads in padding for pad in pads) >= 0
-        and out.shape[features] >= _FEW_FEATURES
-        and prod(out.shape[axis] for axis in spatial) > 1  # else it is a product of matrices
+        and out.shape[dimension_numbers.out_spec[1]] >= _FEW_FEATURES
     )
 
 
@@ -104,35 +103,50 @@ def _convolve(
     dimension_numbers: Any,
     **_: Any,
 ) -> jax.Array:
-    # Layouts are (batch, feature, height, width), of a kernel (output, input, height, width).
-    # For images that are not NHWC oneDNN has but a form that takes 500 times as long.
-    nhwc = lambda layout: (layout[0], *layout[2:], layout[1])  # noqa: E731
-    of_x, of_kernel, of_out = dimension_numbers
-    image = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    # Layouts are (batch, feature, height, width), of a kernel (output, input, height, width). For
+    # images with another last axis than the features oneDNN is 500 times slower.
+    (batch, feature, *space), (of_out, of_in, *of_kernel) = dimension_numbers[:2]
+    out_batch, out_feature, *out_space = dimension_numbers.out_spec
+    window = [*zip(of_kernel, padding, window_strides, rhs_dilation, strict=True)]
+    axes, out_axes = (batch, *space, feature), (out_batch, *out_space, out_feature)
+    images = x.transpose(axes)
+    taps, pixels = (
+        prod(sizes[axis] for axis in axes)
+        for sizes, axes in ((kernel.shape, of_kernel), (shape, out_space))
+    )
+    if taps > pixels and x.shape[batch] >= _MANY_CHANNELS:
+        # The gradient of a kernel: few pixels, each a sum over many. With what is the batch here
+        # (the channels that the kernel was for) as a third axis of space it takes half of the time.
+        axes, out_axes = (*space, batch, feature), (*out_space, out_batch, out_feature)
+        images, kernel = x.transpose(axes)[None], kernel[..., None]
+        window.append((4, (0, 0), 1, 1))
+    of_kernel, padding, strides, dilations = zip(*window, strict=True)
+    spatial = range(1, images.ndim - 1)
+    layout = {"batch_dim": 0, "feature_dim": images.ndim - 1, "spatial_dims": [*spatial]}
     convolution = {
-        "dims": 4,
-        "input": image,
+        "dims": images.ndim,
+        "input": {"data": layout},
         "kernel": {
             "filter": {
-                "output_feature_dim": of_kernel[0],
-                "input_feature_dim": of_kernel[1],
-                "spatial_dims": of_kernel[2:],
+                "output_feature_dim": of_out,
+                "input_feature_dim": of_in,
+                "spatial_dims": of_kernel,
             }
         },
-        "output": image,
+        "output": {"data": layout},
         "window": {
             "pad_left": [low for low, _ in padding],
             "pad_right": [high for _, high in padding],
-            "strides": window_strides,
-            "window_dilations": rhs_dilation,
+            "strides": strides,
+            "window_dilations": dilations,
         },
         "feature_groups": 1,
     }
-    out = jax.ShapeDtypeStruct([shape[axis] for axis in nhwc(of_out)], x.dtype)
+    out = [shape[axis] for axis in out_axes]
     call = jax.ffi.ffi_call(
         "__onednn$convolution",
-        out,
+        jax.ShapeDtypeStruct(out if images.ndim == 4 else [1, *out], x.dtype),
         custom_call_api_version=1,
         legacy_backend_config=json.dumps({"onednn_conv_config": convolution}),
     )
-    return call(x.transpose(nhwc(of_x)), kernel).transpose(np.argsort(nhwc(of_out)))
+    return call(images, kernel).reshape(out).transpose(np.argsort(out_axes))
