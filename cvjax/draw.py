@@ -258,10 +258,10 @@ def curves(
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(_as_it_is(title))
     for number, (panel, names) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.set(title=panel, xlabel=x)
+        axes.set(title=_as_it_is(panel), xlabel=_as_it_is(x))
         axes.grid(alpha=0.3)
         everything = []
         for color, name in enumerate(names):
@@ -273,7 +273,7 @@ def curves(
                 )
             everything.append(values[np.isfinite(values)])
             style: dict[str, Any] = {"color": f"C{color}", "linewidth": 1.2}
-            label = name.removesuffix(f"/{panel}")
+            label = _as_it_is(name.removesuffix(f"/{panel}"))
             if name.startswith("train/") and len(values) > 20:
                 axes.plot(steps, values, **{**style, "alpha": 0.25})
                 axes.plot(steps, _moving_average(values), label=label, **style)
@@ -317,6 +317,11 @@ def table(columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
         left += width
     pen.line([(4, line + 3), (size[0] - 4, line + 3)], fill="gray")
     return np.asarray(picture, np.float32) / 255
+
+
+def _as_it_is(text: str) -> str:
+    """For matplotlib, which reads what is between two $ as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:

@@ -94,12 +94,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         {"loss": ([0, 1], [np.nan, np.inf])},
         {"loss": ([], [])},
         {f"train/{i}_loss": ([1, 2], [-1.0, 1.0]) for i in range(5)},
+        {"eval/$x^$y$": ([1, 2], [3.0, 4.0]), "$\\nothing$/$x^$y$": ([1, 2], [3.0, 4.0])},
         {},
     ],
 )
 def test_curves_draw_whatever_a_run_can_give(series, tmp_path):
     path = tmp_path / "curves.png"
-    draw.curves(path, series, title="a run")
+    draw.curves(path, series, title="a run of $5 and $\\nothing")
     with Image.open(path) as image:
         assert image.format == "PNG" and min(image.size) > 100
     assert list(tmp_path.iterdir()) == [path]

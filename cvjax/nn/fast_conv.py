@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cvjax.nn import onednn
+
 _FEW_PIXELS = 16  # of the output, up to which patches are gathered
 _FEW_FEATURES = 4  # up to which products are summed
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -34,7 +36,8 @@ def fast_conv(
 
     - An output of at most 4 x 4 pixels, or a kernel of one pixel: the patch under each pixel of the
       output is gathered and multiplied with the kernel as one matrix. XLA's own takes 75 times as
-      long where the map is smaller than the kernel (2 x 2 pixels, 512 channels).
+      long where the map is smaller than the kernel (2 x 2 pixels, 512 channels). oneDNN's, if it is
+      in use (`cvjax.nn.onednn`), does not: then only kernels of one pixel, and those with strides.
     - At most 4 features of at least 8 channels, of a kernel of at most 3 x 3 without strides: each
       pixel is multiplied with all of the kernel as one matrix, and the products are summed where
       they belong. XLA's own takes up to five times as long.
@@ -151,8 +154,8 @@ def _is_gathered(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> bool:
     rows, columns = _output(x, kernel, strides, padding)
-    is_small = rows * columns <= _FEW_PIXELS or prod(kernel.shape[:2]) == 1
-    return rows > 0 and columns > 0 and is_small
+    is_small = rows * columns <= _FEW_PIXELS and not (onednn.in_use() and strides == (1, 1))
+    return rows > 0 and columns > 0 and (is_small or prod(kernel.shape[:2]) == 1)
 
 
 def _is_scattered(

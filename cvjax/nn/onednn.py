@@ -11,7 +11,6 @@ import platform
 import sys
 from functools import partial
 from importlib.metadata import version
-from math import prod
 from typing import Any
 
 import jax
@@ -29,6 +28,14 @@ _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
 _MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
 
 
+_in_use = False
+
+
+def in_use() -> bool:
+    """Whether convolutions that are as oneDNN can have them come to it."""
+    return _in_use and jax.device_count() == 1
+
+
 def use_onednn() -> None:
     """From now on this process gives convolutions on a CPU to oneDNN; to be called before others.
 
@@ -42,6 +49,7 @@ def use_onednn() -> None:
     Raises:
       InputError: where jaxlib has no oneDNN, or is of a version that was not tried.
     """
+    global _in_use
     found = version("jaxlib")
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or not found.startswith(VERSIONS):
         raise InputError(
@@ -61,6 +69,7 @@ def use_onednn() -> None:
 
     mlir.register_lowering(conv_general_dilated_p, lower, platform="cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    _in_use = True
     compilation_cache.reset_cache()  # it asks once, with its first program
 
 
@@ -110,13 +119,10 @@ def _convolve(
     window = [*zip(of_kernel, padding, window_strides, rhs_dilation, strict=True)]
     axes, out_axes = (batch, *space, feature), (out_batch, *out_space, out_feature)
     images = x.transpose(axes)
-    taps, pixels = (
-        prod(sizes[axis] for axis in axes)
-        for sizes, axes in ((kernel.shape, of_kernel), (shape, out_space))
-    )
-    if taps > pixels and x.shape[batch] >= _MANY_CHANNELS:
-        # The gradient of a kernel: few pixels, each a sum over many. With what is the batch here
-        # (the channels that the kernel was for) as a third axis of space it takes half of the time.
+    if batch > feature and x.shape[batch] >= _MANY_CHANNELS:
+        # So JAX lays out the gradient of a kernel: few pixels, each a sum over many. With what is
+        # the batch here (the channels that the kernel was for) as a third axis of space it takes
+        # half of the time.
         axes, out_axes = (*space, batch, feature), (*out_space, out_batch, out_feature)
         images, kernel = x.transpose(axes)[None], kernel[..., None]
         window.append((4, (0, 0), 1, 1))

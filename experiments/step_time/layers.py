@@ -1,27 +1,35 @@
-"""How long does one convolution take: XLA's, the gathered one of `fast_conv`, and PyTorch's?
+"""How long does a convolution take: XLA's, the gathered one of `fast_conv`, oneDNN's, PyTorch's?
 
     pip install torch && python experiments/step_time/layers.py
 
-3 x 3, stride 1, float32. The sides take turns in one process; milliseconds, the median of ten
-blocks of 50 ms or more: forward / forward and both gradients. Prints the table as Markdown.
+In the environment of `main.py`, oneDNN's as by its flag `--onednn`. 3 x 3, stride 1, float32. The
+sides take turns in one process; milliseconds, the median of ten blocks of 50 ms or more: forward /
+forward and both gradients. Prints the table as Markdown.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cvjax import cpu
+
+if __name__ == "__main__":
+    cpu.begin_again()  # before anything heavy is imported
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from cvjax.nn import fast_conv
+from cvjax.nn.onednn import use_onednn
 
 PADDING = ((1, 1), (1, 1))
 SHAPES = (  # batch, side, channels
@@ -42,7 +50,8 @@ def jax_steps(convolve: Callable, x: np.ndarray, kernel: np.ndarray) -> tuple[Ca
     def step(program: Callable) -> None:
         jax.block_until_ready(program(*given))
 
-    return tuple(partial(step, jax.jit(run)) for run in (convolve, both))
+    programs = (jax.jit(run).lower(*given).compile() for run in (convolve, both))
+    return tuple(partial(step, program) for program in programs)
 
 
 def torch_steps(x: np.ndarray, kernel: np.ndarray) -> tuple[Callable, Callable]:
@@ -81,20 +90,30 @@ def milliseconds(steps: list[Callable]) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
+def own(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As `nn.Conv` has it."""
+    dimensions = fast_conv.DIMENSIONS
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), PADDING, dimension_numbers=dimensions)
+
+
 def main() -> None:
-    """Prints a row for each shape; what `fast_conv` chooses is bold."""
-    print("| batch, map, channels | XLA | gathered | PyTorch |\n|---|---|---|---|")
+    """Prints a row for each shape; what `fast_conv` chooses of the first two is bold."""
+    arrays = {}
     for batch, side, channels in SHAPES:
         rng = np.random.default_rng(0)
         x = rng.standard_normal((batch, side, side, channels), np.float32)
         kernel = rng.standard_normal((3, 3, channels, channels), np.float32) / 100
-        given = dict(strides=(1, 1), padding=PADDING)
-        own = partial(
-            jax.lax.conv_general_dilated,
-            window_strides=(1, 1), padding=PADDING, dimension_numbers=fast_conv.DIMENSIONS,
-        )  # fmt: skip
-        gathered = partial(fast_conv._gathered, **given)
-        pairs = [jax_steps(own, x, kernel), jax_steps(gathered, x, kernel), torch_steps(x, kernel)]
+        arrays[batch, side, channels] = x, kernel
+    gathered = partial(fast_conv._gathered, strides=(1, 1), padding=PADDING)
+    without = {
+        shape: [jax_steps(convolve, *given) for convolve in (own, gathered)]
+        for shape, given in arrays.items()
+    }
+    use_onednn()  # for what is compiled from here on
+    print("| batch, map, channels | XLA | gathered | oneDNN | PyTorch |\n|---|---|---|---|---|")
+    for (batch, side, channels), (x, kernel) in arrays.items():
+        by_onednn = jax_steps(lambda x, kernel: own(x, kernel), x, kernel)
+        pairs = [*without[batch, side, channels], by_onednn, torch_steps(x, kernel)]
         times = milliseconds([step for pair in pairs for step in pair])
         cells = [f"{a:.1f} / {b:.1f}" for a, b in zip(times[::2], times[1::2], strict=True)]
         chosen = int(fast_conv._is_gathered(jnp.asarray(x), jnp.asarray(kernel), (1, 1), PADDING))

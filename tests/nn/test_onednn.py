@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 import main
 from cvjax.errors import InputError
-from cvjax.nn import onednn
+from cvjax.nn import fast_conv, onednn
 from cvjax.train.sharding import data_mesh
 from tests.children import environment
 
@@ -31,6 +31,7 @@ def leave():
 
     own = partial(_conv_general_dilated_lower, expand_complex_convolutions=True)
     mlir.register_lowering(conv_general_dilated_p, own, platform="cpu")
+    onednn._in_use = False
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
 
@@ -206,6 +207,21 @@ def test_each_device_by_itself_but_not_a_program_that_is_divided(by_onednn):
     assert CALL in mapped.as_text()
     # Sums of 72 products of order one, in another order.
     np.testing.assert_allclose(mapped(x, kernel), divided(x, kernel), rtol=0, atol=1e-4)
+
+
+def test_small_maps_are_gathered_where_onednn_does_not_come(by_onednn, monkeypatch):
+    """Where programs are divided between devices its operation is not used, and XLA's is slow."""
+    x, kernel = np.empty((2, 4, 4, 8)), np.empty((3, 3, 8, 8))
+
+    def gathered(strides=(1, 1), kernel=kernel):
+        return fast_conv._is_gathered(x, kernel, strides, ((1, 1), (1, 1)))
+
+    assert gathered()  # eight devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert not gathered()
+    assert gathered(strides=(2, 2)) and gathered(kernel=kernel[:1, :1])
+    leave()
+    assert gathered()
 
 
 def test_programs_are_not_kept(by_onednn, tmp_path):
