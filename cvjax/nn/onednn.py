@@ -27,17 +27,16 @@ VERSIONS = ("0.10.", "0.12.")
 _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
 _MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
 
-
 _in_use = False
 
 
 def in_use() -> bool:
-    """Whether convolutions that are as oneDNN can have them come to it."""
+    """Whether it was asked for, and programs are for one device, so that oneDNN can have a part."""
     return _in_use and jax.device_count() == 1
 
 
 def use_onednn() -> None:
-    """From now on this process gives convolutions on a CPU to oneDNN; to be called before others.
+    """From now on this process gives convolutions on a CPU to oneDNN; to be called before all else.
 
     Those of images in float32, in both modes of differentiation, in programs for one device or, by
     `shard_map`, for one each; all others stay XLA's: groups, gradients of strided ones for their
