@@ -11,7 +11,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cvjax.nn.onednn import use_onednn
 from experiments.step_time.turns import OUR_MODES, serve
 
 BATCH, SAMPLES, RATE, DECAY, CLIP = 32, 40, 1e-3, 0.998, 1.0
@@ -198,6 +197,8 @@ if __name__ == "__main__":
     else:
         mode, optimizer, kind = sys.argv[1:]
         if mode == "onednn":
+            from cvjax.nn.onednn import use_onednn
+
             use_onednn()
         is_ours = mode in OUR_MODES
         serve(jax_step(optimizer, kind) if is_ours else torch_step(mode, optimizer, kind))

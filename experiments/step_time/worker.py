@@ -11,8 +11,6 @@ import numpy as np
 from networks import NETWORKS
 from turns import OUR_MODES, serve
 
-from cvjax.nn.onednn import use_onednn
-
 
 def torch_step(network, mode: str, train: bool):
     """A function that makes one step, with PyTorch."""
@@ -82,6 +80,8 @@ def main() -> None:
     mode, name, kind = sys.argv[1:]
     network, train = NETWORKS[name], kind == "train"
     if mode == "onednn":
+        from cvjax.nn.onednn import use_onednn
+
         use_onednn()
     is_ours = mode in OUR_MODES
     step = jax_step(network, train) if is_ours else torch_step(network, mode, train)

@@ -66,35 +66,33 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name):
         assert np.abs(mine - truth).max() <= bound
 
 
+def derivatives(convolve, x, kernel, dx, dkernel):
+    """Of first and second order in both modes, and mapped over each argument."""
+    norm = lambda x, kernel: jnp.sum(jnp.tanh(convolve(x, kernel)) ** 2)  # noqa: E731
+    gradient = jax.grad(norm, argnums=(0, 1))
+    # Forward over reverse, and reverse twice, from one trace of the gradient.
+    slopes, along = jax.linearize(gradient, x, kernel)
+    xs, kernels = jnp.stack([x, dx]), jnp.stack([kernel, dkernel])
+    return (
+        slopes,
+        along(dx, dkernel),
+        jax.linear_transpose(along, x, kernel)((dx, dkernel)),
+        jax.vmap(convolve, (0, None))(xs, kernel),
+        jax.vmap(convolve, (None, 0))(x, kernels),
+        jax.vmap(gradient)(xs, kernels),
+    )
+
+
 @pytest.mark.parametrize("name", ["map smaller than the kernel", "few features", "seven by seven"])
 def test_second_derivatives_forward_mode_and_vmap(name):
     x, kernel, ours, own = arrays(name)
     dx, dkernel, *_ = arrays(name, seed=1)
-
-    def norm(convolve, x, kernel):
-        return jnp.sum(jnp.tanh(convolve(x, kernel)) ** 2)
-
-    def all_of(convolve):
-        gradient = jax.grad(partial(norm, convolve), argnums=(0, 1))
-        xs, kernels = np.stack([x, dx]), np.stack([kernel, dkernel])
-
-        @jax.jit
-        def run(x, kernel, dx, dkernel, xs, kernels):
-            # Forward over reverse, and reverse twice, from one trace of the gradient.
-            slopes, along = jax.linearize(gradient, x, kernel)
-            return (
-                slopes,
-                along(dx, dkernel),
-                jax.linear_transpose(along, x, kernel)((dx, dkernel)),
-                jax.vmap(convolve, (0, None))(xs, kernel),
-                jax.vmap(convolve, (None, 0))(x, kernels),
-                jax.vmap(gradient)(xs, kernels),
-            )
-
-        return jax.device_get(run(x, kernel, dx, dkernel, xs, kernels))
-
+    of_ours, of_own = (
+        jax.device_get(jax.jit(partial(derivatives, convolve))(x, kernel, dx, dkernel))
+        for convolve in (ours, own)
+    )
     # Sums in another order; up to 2,000 terms and a second derivative: 1e-4 of the largest.
-    for mine, theirs in zip(jax.tree.leaves(all_of(ours)), jax.tree.leaves(all_of(own))):  # noqa: B905
+    for mine, theirs in zip(jax.tree.leaves(of_ours), jax.tree.leaves(of_own), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 

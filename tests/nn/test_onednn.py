@@ -20,6 +20,7 @@ from cvjax.errors import InputError
 from cvjax.nn import fast_conv, onednn
 from cvjax.train.sharding import data_mesh
 from tests.children import environment
+from tests.nn.test_fast_conv import derivatives, measured
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CALL = "__onednn$convolution"
@@ -84,12 +85,6 @@ def arrays(name, seed=0):
     return x, kernel, convolve
 
 
-def measured(convolve, x, kernel, dy):
-    """The output and both gradients."""
-    y, pull = jax.vjp(convolve, x, kernel)
-    return (y, *pull(dy))
-
-
 def program(function, *given):
     return jax.jit(lambda *given: function(*given)).lower(*given).compile()
 
@@ -120,20 +115,13 @@ def test_second_derivatives_forward_mode_vmap_and_loops(by_onednn):
     dx, dkernel, _ = arrays("usual", seed=1)
 
     def all_of(x, kernel, dx, dkernel):
-        gradient = jax.grad(lambda x, k: jnp.sum(jnp.tanh(convolve(x, k)) ** 2), argnums=(0, 1))
-        slopes, along = jax.linearize(gradient, x, kernel)
-        xs, kernels = jnp.stack([x, dx]), jnp.stack([kernel, dkernel])
         square = kernel[:, :, :, :8]
         loop = lambda x, _: (jnp.tanh(convolve(x, square)), None)  # noqa: E731
+        kept = jax.checkpoint(lambda x: jnp.sum(convolve(x, kernel) ** 2))
         return (
-            slopes,
-            along(dx, dkernel),
-            jax.linear_transpose(along, x, kernel)((dx, dkernel)),
-            jax.vmap(convolve, (0, None))(xs, kernel),
-            jax.vmap(convolve, (None, 0))(x, kernels),
-            jax.vmap(gradient)(xs, kernels),
+            derivatives(convolve, x, kernel, dx, dkernel),
             lax.scan(loop, x, None, length=3)[0],
-            jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sum(convolve(x, kernel) ** 2))(x))(x),
+            jax.grad(kept)(x),
         )
 
     given = x, kernel, dx, dkernel
