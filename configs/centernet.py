@@ -66,8 +66,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(
-            type="optax.contrib.muon",
-            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            type="train.muon.muon",
             adam_b2=0.99,
         ),
         learning_rate=dict(type="optax.cosine_onecycle_schedule", peak_value=1e-2, pct_start=0.1),

@@ -65,8 +65,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(
-            type="optax.contrib.muon",
-            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            type="train.muon.muon",
             preconditioning="aol",  # after it three steps do what five did
             ns_steps=3,
         ),

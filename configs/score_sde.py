@@ -75,8 +75,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
     config.optimizer = dict(
         type="train.optimizer.Optimizer",
         transform=dict(
-            type="optax.contrib.muon",
-            muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+            type="train.muon.muon",
         ),
         learning_rate=dict(type="optax.cosine_decay_schedule", init_value=1e-2),
         warmup_steps=50,

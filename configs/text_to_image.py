@@ -115,8 +115,7 @@ def stage(steps: int, image_size: int, patch: int, prediction: str, task: dict, 
             transform=dict(type="optax.adam")
             if tiny
             else dict(
-                type="optax.contrib.muon",
-                muon_weight_dimension_numbers=dict(type="train.optimizer.kernels_as_matrices"),
+                type="train.muon.muon",
             ),
             learning_rate=dict(type="optax.cosine_decay_schedule", init_value=1e-2),
             warmup_steps=1 if tiny else 50,

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import optax
-import optax.contrib
 from optax import GradientTransformation, Schedule
 
 from cvjax.checks import check_between, check_choice, check_choices, check_count, check_positive
@@ -118,21 +117,6 @@ class Optimizer:
         if self.accumulate > 1 and self.accumulate_how == "multi_steps":
             optimizer = optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
         return optimizer
-
-
-def kernels_as_matrices(params: PyTree) -> PyTree:
-    """For `optax.contrib.muon(muon_weight_dimension_numbers=...)`: what Muon orthogonalizes.
-
-    A parameter of two or more axes is a matrix of all its axes but the last (the inputs of a dense
-    or convolutional layer) by the last (its outputs); biases and scales (None) are left to Adam.
-    K. Jordan et al., https://kellerjordan.github.io/posts/muon, does so to convolutions.
-    """
-
-    def numbers(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        axes = tuple(range(x.ndim))
-        return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1:]) if x.ndim > 1 else None
-
-    return jax.tree.map(numbers, params)
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -11,7 +11,6 @@ from cvjax.errors import InputError
 from cvjax.train.optimizer import (
     Optimizer,
     by_path,
-    kernels_as_matrices,
     optimizers_by_group,
     updates_by_group,
 )
@@ -203,27 +202,3 @@ def test_impossible_values(fields, message):
 def test_an_optimizer_for_every_group(optimizer, message):
     with pytest.raises(InputError, match=message):
         optimizers_by_group(optimizer, {"model": PARAMS}, ["model"], 10)
-
-
-@pytest.mark.parametrize("options", [{}, {"preconditioning": "aol", "ns_steps": 3}])
-def test_muon_orthogonalizes_kernels_of_convolutions(options):
-    """All singular values of an update of [3, 3, 4, 8], as a matrix [36, 8], are about equal.
-
-    Muon's five Newton-Schulz steps leave them within about 0.7 .. 1.3 of their median, three after
-    the main job's preconditioning within 0.7 .. 1.4.
-    """
-    params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)}}
-    draws = np.random.default_rng(0)
-    scales = np.geomspace(1, 30, 8)  # a gradient that is far from orthogonal
-    gradient = jax.tree.map(lambda x: jnp.float32(draws.normal(size=x.shape) * scales), params)
-    muon = functools.partial(
-        optax.contrib.muon, muon_weight_dimension_numbers=kernels_as_matrices, **options
-    )
-    transform = Optimizer(muon, 0.1).build(params, 10)
-    update, _ = jax.jit(transform.update)(gradient, transform.init(params), params)
-    values = np.linalg.svd(np.asarray(update["conv"]["kernel"]).reshape(36, 8))[1]
-    assert values.max() < 2.5 * values.min()
-    before = np.linalg.svd(np.asarray(gradient["conv"]["kernel"]).reshape(36, 8))[1]
-    assert before.max() > 10 * before.min()
-    # The bias is Adam's, with Nesterov's momentum: 0.9 * 0.1 / (1 - 0.9^2) + 1 times the rate.
-    np.testing.assert_allclose(np.abs(update["conv"]["bias"]), 0.1473684, rtol=1e-3)
