@@ -20,6 +20,7 @@ from cvjax.nn.dense import Dense
 from cvjax.nn.embeddings import ClassEmbedding, TimeEmbedding
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.group_norm import GroupNorm
+from cvjax.nn.silu import silu
 from cvjax.nn.space_to_depth import depth_to_space, space_to_depth
 
 GROUPS = 8  # of channels, each normalized together: at most so many
@@ -51,13 +52,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """Maps [b, h, w, c] to [b, h, w, features]; the condition is [b, d]."""
-        y = nn.silu(_norm(x, self.dtype, "norm1"))
+        y = silu(_norm(x, self.dtype, "norm1"))
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv1")(y)
         # FiLM (E. Perez et al., https://arxiv.org/abs/1709.07871): the condition sets each
         # channel's scale and shift.
         film = nn.Dense(2 * self.features, dtype=self.dtype, name="scale_shift")(condition)
         scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
-        y = nn.silu(_norm(y, self.dtype, "norm2") * (1 + scale) + shift)
+        y = silu(_norm(y, self.dtype, "norm2") * (1 + scale) + shift)
         zeros = nn.initializers.zeros
         y = nn.Conv(self.features, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -191,7 +192,7 @@ class UNet(nn.Module):
         else:
             vector, words = self.text(label)
             condition += nn.Dense(embedding, dtype=self.dtype, name="caption")(vector)
-        condition = nn.silu(condition)
+        condition = silu(condition)
         make_block = nn.remat(Block) if self.remat else Block
         make_attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         features = [self.width * multiplier for multiplier in self.multipliers]
@@ -247,7 +248,7 @@ class UNet(nn.Module):
                 x = attention(x, level, name)
             if level == 0 or self.skip_output:
                 name = "head" if level == 0 else f"up{level}_head"
-                y = nn.silu(_norm(x, self.dtype, f"{name}_norm"))
+                y = silu(_norm(x, self.dtype, f"{name}_norm"))
                 y = nn.Conv(
                     outputs, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name=name,
                     conv_general_dilated=fast_conv,
