@@ -35,6 +35,17 @@ def in_use() -> bool:
     return _in_use and jax.device_count() == 1
 
 
+def why_not() -> str | None:
+    """Why oneDNN cannot be had here, in one line; None if it can."""
+    found = version("jaxlib")
+    if (sys.platform, platform.machine()) == ("linux", "x86_64") and found.startswith(VERSIONS):
+        return None
+    return (
+        f"oneDNN is in jaxlib {' and '.join(f'{one}x' for one in VERSIONS)} for Linux on x86_64; "
+        f"this is jaxlib {found} on {sys.platform}, {platform.machine()}"
+    )
+
+
 def use_onednn() -> None:
     """From now on this process gives convolutions on a CPU to oneDNN; to be called before all else.
 
@@ -49,12 +60,8 @@ def use_onednn() -> None:
       InputError: where jaxlib has no oneDNN, or is of a version that was not tried.
     """
     global _in_use
-    found = version("jaxlib")
-    if (sys.platform, platform.machine()) != ("linux", "x86_64") or not found.startswith(VERSIONS):
-        raise InputError(
-            f"oneDNN is in jaxlib {' and '.join(f'{one}x' for one in VERSIONS)} for Linux on "
-            f"x86_64; this is jaxlib {found} on {sys.platform}, {platform.machine()}"
-        )
+    if reason := why_not():
+        raise InputError(reason)
     # Private, so not above: another version may have another one.
     from jax._src.lax.convolution import _conv_general_dilated_lower
 

@@ -71,17 +71,23 @@ def compare(script: Path, name: str, kind: str) -> str:
 
     The ratios are ours to that of PyTorch's three ways which has the least median, by rounds.
     """
-    workers = {mode: Worker(script, mode, name, kind) for mode in MODES}
+    from cvjax.nn.onednn import why_not  # PyTorch's interpreter, which has JAX or not, comes by
+
+    modes = [mode for mode in MODES if mode != "onednn" or why_not() is None]
+    workers = {mode: Worker(script, mode, name, kind) for mode in modes}
     steps = {mode: max(1, round(1000 * SECONDS / one.time(2))) for mode, one in workers.items()}
-    times = {mode: [] for mode in MODES}
+    times = {mode: [] for mode in modes}
     for _ in range(ROUNDS):
         for mode, worker in workers.items():
             times[mode].append(worker.time(steps[mode]))
     for worker in workers.values():
         worker.close()
     best = min(TORCH_MODES, key=lambda mode: statistics.median(times[mode]))
-    cells = [f"{statistics.median(times[mode]):.1f}" for mode in MODES]
+    cells = [f"{statistics.median(times[mode]):.1f}" if mode in modes else "-" for mode in MODES]
     for mode in OUR_MODES:
+        if mode not in modes:
+            cells.append("-")
+            continue
         ratios = sorted(a / b for a, b in zip(times[mode], times[best], strict=True))
         cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})")
     return f"| {name} | {kind} | {' | '.join(cells)} |"
