@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import main
 from cvjax.errors import InputError
+from cvjax.train.loop import Result, fit
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"
@@ -39,6 +41,14 @@ def trained(
 def trained_judge(given: Path | None = None) -> Path:
     """The folder of the classifier that judges samples, in runs/judge: not the recipe's seed."""
     return trained("classification", given, "--config.seed=100", name="judge")
+
+
+def fitted(*of: Any, **options: Any) -> Result:
+    """`cvjax.train.loop.fit`; a signal ends the experiment, not this training alone."""
+    result = fit(*of, **options)
+    if result.received is not None:
+        sys.exit(128 + result.received)
+    return result
 
 
 def told(run: Callable[[], object]) -> None:

@@ -31,11 +31,10 @@ from cvjax.diffusion.process import logit_normal
 from cvjax.diffusion.samplers import example_keys
 from cvjax.diffusion.task import Diffusion
 from cvjax.run import load_run
-from cvjax.train.loop import fit
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
 from cvjax.train.step import warmed_up_decay
-from experiments.recipes import told, trained
+from experiments.recipes import fitted, told, trained
 
 VELOCITY = (
     "--config.task.process.prediction=velocity", "--config.task.weighting=None",
@@ -78,7 +77,7 @@ def trained_on(task: Diffusion, data: Any, workdir: Path, steps: int) -> tuple[D
     """
     times = partial(logit_normal, mean=-2.0, std=2.5)
     task = replace(task, process=replace(task.process, times=times), class_dropout=0.0, guidance=1)
-    state = fit(
+    state = fitted(
         task,
         data,
         steps=steps,

@@ -31,7 +31,7 @@ from cvjax.detection.task import Detection
 from cvjax.nn.features import Patches
 from cvjax.nn.fpn import FPN, Pyramid
 from cvjax.nn.resnet import ResNet
-from cvjax.train.loop import fit
+from experiments.recipes import fitted
 
 SIZE, MOST = 64, 2  # pixels of an image, and doors in it
 PHOTOGRAPHS = {"train": "china.jpg", "test": "flower.jpg"}
@@ -175,7 +175,7 @@ def main(steps: int = 300, test: int = 200, width: int = 16) -> dict[str, float]
     """Trains, prints what came of it, and draws some of the test pictures beside this file."""
     detector, held_out = task(width), Doors("test", test)
     rate = optax.cosine_onecycle_schedule(steps, 3e-3, 0.1)
-    result = fit(
+    result = fitted(
         detector, Doors("train", 20_000), steps=steps, batch_size=16, eval_data=held_out,
         evaluators={"doors": CornerError()}, optimizer=optax.adamw(rate, weight_decay=1e-4),
         evaluate_every=steps, log_every=50,

@@ -20,7 +20,6 @@ from cvjax import config as configs
 from cvjax.build import build
 from cvjax.data.loader import Loader
 from cvjax.train import sharding
-from cvjax.train.loop import fit
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import optimizers_by_group
 from cvjax.train.step import initial_state, make_train_step
@@ -55,7 +54,7 @@ def main() -> None:
         return (time.perf_counter() - began) / STEPS
 
     def fitted() -> float:
-        result = fit(
+        result = fitted(
             task, source, steps=STEPS + 1, batch_size=batch_size, optimizer=optimizer, ema=ema,
             log_every=1, 
         )  # fmt: skip
@@ -68,7 +67,7 @@ def main() -> None:
     one, two = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"median: bare {1000 * one:.1f} ms  fit {1000 * two:.1f} ms  ratio {two / one:.3f}")
 
-    result = fit(NoOp(), source, steps=3000, batch_size=batch_size, log_every=1000)
+    result = fitted(NoOp(), source, steps=3000, batch_size=batch_size, log_every=1000)
     rate = statistics.median(row["steps_per_second"] for row in result.history)
     print(f"no-op task: {1e6 / rate:.0f} microseconds a step, data path included")
 

@@ -25,9 +25,9 @@ from cvjax.autoencoder.task import Autoencoder
 from cvjax.classification.task import Classification
 from cvjax.data.sources.digits import Digits
 from cvjax.data.transforms.geometry import random_affine
-from cvjax.train.loop import fit
 from cvjax.train.optimizer import Optimizer
 from cvjax.train.restore import load_params
+from experiments.recipes import fitted
 
 AFFINE = partial(random_affine, degrees=10.0, scale=(0.9, 1.1), pixels=1.0)
 
@@ -47,7 +47,7 @@ def pretrain(workdir: Path, seed: int, steps: int) -> None:
     task = Autoencoder(
         Encoder(32), Decoder((28, 28, 1)), corrupt=partial(mask_patches, rate=0.5, patch=4)
     )
-    fit(
+    fitted(
         task, Digits("train"), steps=steps, batch_size=64, seed=seed, optimizer=optimizer(2e-3),
         workdir=workdir, log_every=100, tensorboard=False,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def accuracy(seed: int, rate: float, steps: int, workdir: Path | None) -> float:
     initialize = None
     if workdir is not None:
         initialize = partial(load_params, path=workdir, take={"model/encoder": "model"})
-    result = fit(
+    result = fitted(
         # The autoencoder's encoder sees images in [0, 1].
         Classification(Encoder(10), label_smoothing=0.1, mean=0.0, std=1.0),
         Digits("train", per_class=4), steps=steps, batch_size=40, seed=seed,

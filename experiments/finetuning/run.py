@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cvjax import config as configs
 from cvjax.build import build
-from cvjax.train.loop import fit
+from experiments.recipes import fitted
 
 RATES, SEEDS = (1e-3, 3e-3), (0, 1)
 HEAD_ALONE = (("head/.*", False), (".*", True))
@@ -33,7 +33,7 @@ def accuracy(kind: str, rate: float, seed: int) -> float:
     if kind == "head alone":
         object.__setattr__(built["optimizer"], "freeze", HEAD_ALONE)
     with tempfile.TemporaryDirectory() as folder:
-        result = fit(
+        result = fitted(
             data=data["train"], eval_data=data["test"], workdir=Path(folder) / "run",
             tensorboard=False, **built,
         )  # fmt: skip

@@ -27,8 +27,7 @@ from cvjax.evaluation.extractor import Extractor
 from cvjax.evaluation.samples import SampleQuality
 from cvjax.run import load_run
 from cvjax.train.evaluation import evaluate
-from cvjax.train.loop import fit
-from experiments.recipes import told
+from experiments.recipes import fitted, told
 
 
 class Judge(nn.Module):
@@ -65,7 +64,7 @@ def main(workdirs: list[Path], changes: list[tuple[str, str]]) -> None:
     train, test, some = Digits("train"), Digits("test"), Digits("test", per_class=50)
     judge, accuracies, qualities, floors = Classification(Judge()), [], {}, []
     for seed in range(3):
-        state = fit(
+        state = fitted(
             judge, train, steps=15 * len(train) // 64, batch_size=64, optimizer=optax.adam(1e-3),
             seed=seed, log_every=10_000,
         ).state  # fmt: skip
