@@ -11,11 +11,11 @@ products of a kind, not five.
     python experiments/digit_agreement/run.py
     python experiments/frechet/run.py --workdir=runs/diffusion --config.task.guidance=1.0
 
-With nothing compiled before it takes 4 to 6 minutes on two cores. Without guidance 90.6%, 90.5%,
-91.8% of 500 samples are what they were asked to be, at 2 99.6%, 99.7%, 99.2% (seeds 0, 1, 2). Of
-1,000 samples, unguided: FD-digits 0.76, 0.60, 0.73 (held-out real digits in their place 0.14),
-recall .945, .944, .942 (.945), median distance to the nearest training image 5.4, 5.5, 5.5 (5.0);
-at 2 0.62, .726 and 5.1 (seed 0). Small judges find them 1.6, 1.3 and 1.6 times as far from the
+With nothing compiled before it takes 4 to 6 minutes on two cores. Without guidance 90.3%, 90.8%,
+91.6% of 500 samples are what they were asked to be, at 2 99.8%, 99.6%, 99.5% (seeds 0, 1, 2). Of
+1,000 samples, unguided: FD-digits 0.77, 0.63, 0.61 (held-out real digits in their place 0.14),
+recall .953, .939, .952 (.945), median distance to the nearest training image 5.5, 5.5, 5.5 (5.0);
+at 2 0.62, .726 and 5.1 (seed 0). Small judges find them 1.5, 1.4 and 1.3 times as far from the
 training digits as other real ones (experiments/frechet).
 """
 
