@@ -15,7 +15,7 @@ With nothing compiled before it takes 4 to 6 minutes on two cores. Without guida
 91.6% of 500 samples are what they were asked to be, at 2 99.8%, 99.6%, 99.5% (seeds 0, 1, 2). Of
 1,000 samples, unguided: FD-digits 0.77, 0.63, 0.61 (held-out real digits in their place 0.14),
 recall .953, .939, .952 (.945), median distance to the nearest training image 5.5, 5.5, 5.5 (5.0);
-at 2 0.62, .726 and 5.1 (seed 0). Small judges find them 1.5, 1.4 and 1.3 times as far from the
+at 2 0.58, .738 and 5.1 (seed 0). Small judges find them 1.5, 1.4 and 1.3 times as far from the
 training digits as other real ones (experiments/frechet).
 """
 
