@@ -27,6 +27,7 @@ def muon(
     ns_steps: int = 5,
     preconditioning: str = "frobenius",
     beta: float = 0.95,
+    adam_b2: float = 0.999,
 ) -> GradientTransformation:
     """Muon for parameters of two or more axes, Adam with Nesterov's momentum for all others.
 
@@ -38,10 +39,11 @@ def muon(
       learning_rate: of both.
       ns_steps, preconditioning: as of `orthogonalize`.
       beta: the decay of the momentum, which is Nesterov's, with correction of the bias.
+      adam_b2: that of Adam's second moment.
     """
     check_count(1, **{"muon: ns_steps": ns_steps})
     check_choice(("frobenius", "aol"), **{"muon: preconditioning": preconditioning})
-    check_between(0, 1, **{"muon: beta": beta})
+    check_between(0, 1, **{"muon: beta": beta, "muon: adam_b2": adam_b2})
 
     def direction(momentum: jax.Array) -> jax.Array:
         matrix = momentum.reshape(-1, momentum.shape[-1])
@@ -54,7 +56,7 @@ def muon(
         optax.scale_by_learning_rate(learning_rate),
     )
     return optax.partition(
-        {"matrix": matrices, "other": optax.nadam(learning_rate)},
+        {"matrix": matrices, "other": optax.nadam(learning_rate, b2=adam_b2)},
         lambda params: jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "other", params),
     )
 

@@ -30,7 +30,9 @@ def gradients(step):
     }
 
 
-@pytest.mark.parametrize("options", [{}, AOL, {"preconditioning": "aol", "beta": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{"adam_b2": 0.9}, AOL, {"preconditioning": "aol", "beta": 0.8}]
+)
 def test_updates_are_those_of_optax(options):
     def numbers(x):
         axes = tuple(range(x.ndim))
@@ -109,6 +111,7 @@ def test_kernels_of_convolutions_become_orthogonal(options):
         ({"ns_steps": 0}, "ns_steps is 0; it must be"),
         ({"preconditioning": "spectral"}, "preconditioning is 'spectral'"),
         ({"beta": 1.5}, r"beta is 1\.5"),
+        ({"adam_b2": -1}, "adam_b2 is -1"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):

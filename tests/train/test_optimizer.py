@@ -1,12 +1,15 @@
 import functools
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import pytest
 
+from cvjax import config as configs
+from cvjax.build import build
 from cvjax.errors import InputError
 from cvjax.train.optimizer import (
     Optimizer,
@@ -16,6 +19,7 @@ from cvjax.train.optimizer import (
 )
 from cvjax.train.power_averages import tracked
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 PARAMS = {
     "stem": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
     "head": {"kernel": jnp.full((3, 2), 2.0), "bias": jnp.ones(2)},
@@ -202,3 +206,17 @@ def test_impossible_values(fields, message):
 def test_an_optimizer_for_every_group(optimizer, message):
     with pytest.raises(InputError, match=message):
         optimizers_by_group(optimizer, {"model": PARAMS}, ["model"], 10)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_recipe_s_optimizer_fits(path):
+    """In full: the tiny recipes, which are run, have another."""
+    config = configs.buildable(configs.read(str(path)))
+    for stage in config.get("stages", {"": config}).values():
+        params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
+        given = build({"optimizer": stage["optimizer"]})["optimizer"]
+        for one in given.values() if isinstance(given, dict) else [given]:
+            changed = replace(one, freeze=None, weight_decay=one.weight_decay and ((".*", 0.1),))
+            transform = changed.build(params, 10)
+            updates, _ = transform.update(params, transform.init(params), params)
+            assert jnp.all(jnp.isfinite(updates["kernel"]))
