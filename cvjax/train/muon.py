@@ -40,6 +40,8 @@ def muon(
       ns_steps, preconditioning: as of `orthogonalize`.
       beta: the decay of the momentum, which is Nesterov's, with correction of the bias.
       adam_b2: that of Adam's second moment.
+
+    Raises InputError for no steps, another preconditioning, and decays outside [0, 1].
     """
     check_count(1, **{"muon: ns_steps": ns_steps})
     check_choice(("frobenius", "aol"), **{"muon: preconditioning": preconditioning})
