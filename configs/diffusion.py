@@ -4,8 +4,8 @@ A U-Net learns to see the digit in what lies on the straight path between it and
 matching, Lipman et al. 2023, arXiv:2210.02747; the image, not the velocity: Li and He 2025,
 arXiv:2511.13720; times as in Esser et al. 2024, arXiv:2403.03206), with classifier-free guidance.
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) takes fewer steps than Adam;
-preconditioned (Boissin et al. 2025, arXiv:2512.04632) it makes a matrix orthogonal in three
-products of a kind, not five.
+preconditioned (Boissin et al. 2025, arXiv:2512.04632) it makes a matrix orthogonal in three steps,
+not five.
 
     python main.py --config=configs/diffusion.py
     python experiments/digit_agreement/run.py

@@ -14,6 +14,7 @@ import optax
 from optax import GradientTransformation, ScalarOrSchedule
 
 from cvjax.checks import check_between, check_choice, check_count
+from cvjax.errors import InputError
 from cvjax.train.state import PyTree
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan: steep at 0, near 1 from there on
@@ -41,11 +42,14 @@ def muon(
       beta: the decay of the momentum, which is Nesterov's, with correction of the bias.
       adam_b2: that of Adam's second moment.
 
-    Raises InputError for no steps, another preconditioning, and decays outside [0, 1].
+    Raises InputError for no steps, another preconditioning, and decays outside [0, 1).
     """
     check_count(1, **{"muon: ns_steps": ns_steps})
     check_choice(("frobenius", "aol"), **{"muon: preconditioning": preconditioning})
-    check_between(0, 1, **{"muon: beta": beta, "muon: adam_b2": adam_b2})
+    for name, decay in (("beta", beta), ("adam_b2", adam_b2)):
+        check_between(0, 1, **{f"muon: {name}": decay})
+        if decay == 1:
+            raise InputError(f"muon: {name} is 1; a mean with this decay would never begin")
 
     def direction(momentum: jax.Array) -> jax.Array:
         matrix = momentum.reshape(-1, momentum.shape[-1])

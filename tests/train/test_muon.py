@@ -112,6 +112,7 @@ def test_kernels_of_convolutions_become_orthogonal(options):
         ({"preconditioning": "spectral"}, "preconditioning is 'spectral'"),
         ({"beta": 1.5}, r"beta is 1\.5"),
         ({"adam_b2": -1}, "adam_b2 is -1"),
+        ({"beta": 1.0}, "beta is 1; "),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):
