@@ -142,13 +142,19 @@ def check_unit(
         raise InputError(f"images have values from {low:.4g} to {high:.4g}; {expected}")
 
 
+def valid_rows(batch: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The rows of a field that are `valid`, of a batch on the host; not copied where all are."""
+    rows, valid = np.asarray(batch[name]), np.asarray(batch["valid"], bool)
+    return rows if valid.all() else rows[valid]
+
+
 def check_unit_images(batch: Mapping[str, np.ndarray]) -> None:
     """Raises InputError unless the valid images [b, h, w, c] of a batch on the host are in [0, 1].
 
-    What `fit` asks, before it begins, a task that has a `check`.
+    What `fit` asks a task that has a `check`.
     """
     check_unit(
-        np.asarray(batch["image"])[np.asarray(batch["valid"])],
+        valid_rows(batch, "image"),
         "this task takes them in [0, 1]: give uint8, which the loader divides by 255, or rescale",
     )
 
@@ -169,18 +175,25 @@ def check_channels(batch: Mapping[str, np.ndarray], **settings: float | tuple[fl
             raise InputError(f"std is {value}; images are divided by it: it must be above 0")
 
 
-def check_labels(labels: np.ndarray, num_classes: int, name: str = "label") -> None:
+def check_labels(
+    labels: np.ndarray, num_classes: int, name: str = "label", ignored: int | None = None
+) -> None:
     """Raises InputError for a label that is no class; 0 classes mean that nobody looks at them."""
     if not num_classes:
         return
-    if np.asarray(labels).dtype.kind in "US":
+    labels = np.asarray(labels)
+    if labels.dtype.kind in "US":
         raise InputError(
             f"{name} is {str(labels.flat[0])!r}; classes are numbers, 0..{num_classes - 1}"
         )
-    wrong = labels[~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels)))]
-    if wrong.size:
+    is_wrong = ~((labels >= 0) & (labels < num_classes))
+    if labels.dtype.kind not in "iub":  # of those, which masks are, each is a whole number
+        is_wrong |= labels != np.floor(labels)
+    if ignored is not None:
+        is_wrong &= labels != ignored
+    if is_wrong.any():
         raise InputError(
-            f"{name} is {wrong[0]}, but num_classes is {num_classes}: classes are "
+            f"{name} is {labels[is_wrong][0]}, but num_classes is {num_classes}: classes are "
             f"0..{num_classes - 1}"
         )
 

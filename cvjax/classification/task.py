@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from cvjax import draw
@@ -17,6 +16,7 @@ from cvjax.checks import (
     check_labels,
     check_positive,
     fitting,
+    valid_rows,
 )
 from cvjax.classification.losses import (
     distillation,
@@ -109,7 +109,7 @@ class Classification:
         if "label" not in batch:
             raise InputError(f"Classification needs a field label; there are: {', '.join(batch)}")
         check_channels(batch, mean=self.mean, std=self.std)
-        label = np.asarray(batch["label"])[batch["valid"]]
+        label = valid_rows(batch, "label")
         classes = getattr(self.model, "num_classes", 0)
         if label.ndim == 1:
             check_labels(label, classes)

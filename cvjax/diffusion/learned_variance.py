@@ -5,11 +5,15 @@ channels: what `process.prediction` names, and v in [-1, 1], which means (v + 1)
 the least to the most log variance. Time goes in steps, from t to s.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
+from cvjax.checks import check_at_least
 from cvjax.diffusion import grids
-from cvjax.diffusion.process import Process, like, posterior, renewed, split
+from cvjax.diffusion.losses import of_prediction
+from cvjax.diffusion.process import Process, combine, like, perturb, posterior, renewed, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -18,7 +22,9 @@ from cvjax.diffusion.samplers.integration import (
     normal,
     time_steps,
 )
+from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
+from cvjax.train.state import Params, PyTree
 
 
 def log_variances(process: Process, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,3 +124,66 @@ def ddpm_learned(
 
     grid = time_steps(times, process, steps)
     return integrate(step, begin(process, keys, shape), grid, len(keys))
+
+
+@dataclass(frozen=True)
+class LearnedVariance(Diffusion):
+    """Improved DDPM: the network also learns the variances of the steps back.
+
+    The network gives [b, h, w, 2 c]. The loss is L_hybrid, `simple_weight` times the (weighted)
+    squared error plus `bound_weight` times the variational bound in nats for a pixel; in the bound
+    no gradient reaches the mean, unless it is all (L_vlb: `simple_weight` 0, `bound_weight` 1). The
+    sampler that uses the variances is `ddpm_learned`; others leave them out.
+
+    Attributes:
+      simple_weight, bound_weight: see above.
+      bound_steps: of the process of which it is the bound. Each step counts as often as it comes:
+        for the bound itself take a process with uniform `times`.
+    """
+
+    simple_weight: float = 1.0
+    bound_weight: float = 1e-3
+    bound_steps: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, simple_weight=0, bound_weight=0, bound_steps=1)
+        if not (self.simple_weight or self.bound_weight):
+            raise InputError("simple_weight and bound_weight are 0: nothing is learned")
+
+    def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
+        """As of `Diffusion`, with the variances for the sampler that uses them."""
+        both = super().denoiser(params, condition, guidance)
+        if self._sampled_channels == self._channels:
+            return both
+        return lambda x, t: jnp.split(both(x, t), 2, axis=-1)[0]
+
+    @property
+    def _channels(self) -> int:
+        return 2 * self.image_shape[-1]
+
+    @property
+    def _sampled_channels(self) -> int:
+        is_learned = getattr(self.sampler, "func", self.sampler) is ddpm_learned
+        return self._channels if is_learned else self.image_shape[-1]
+
+    def _errors(
+        self,
+        params: Params,
+        image: jax.Array,
+        condition: PyTree,
+        t: jax.Array,
+        eps: jax.Array,
+    ) -> jax.Array:
+        process, steps = self.process, self.bound_steps
+        index = jnp.clip(jnp.ceil(t * steps), 1, steps)
+        t, s = index / steps, (index - 1) / steps
+        x = perturb(process, image, eps, t)
+        prediction, v = jnp.split(self._predict(params, x, t, condition), 2, axis=-1)
+        target = combine(process, process.prediction, image, eps, t)
+        errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
+        if self.weighting is not None:
+            errors *= of_prediction(self.weighting, process, t)
+        of_mean = jax.lax.stop_gradient(prediction) if self.simple_weight else prediction
+        bound = variational_bound(process, of_mean, (v + 1) / 2, image, x, t, s)
+        return self.simple_weight * errors + self.bound_weight * steps * bound

@@ -17,9 +17,9 @@ from cvjax.checks import (
     check_labels,
     check_unit_images,
     fitting,
+    valid_rows,
 )
 from cvjax.diffusion.guidance import classifier_free
-from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
 from cvjax.diffusion.losses import Weighting, of_prediction
 from cvjax.diffusion.process import FlowMatching, Process, check_times, combine, perturb
 from cvjax.diffusion.samplers import Denoise, dpm_solver_2m, evaluations, example_keys
@@ -88,8 +88,11 @@ class Diffusion:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"network": parameters} and no other state.
 
-        Raises InputError if the network does not give images of the right shape.
+        Raises InputError if the network does not give images of the right shape. And if the sampler
+        does not fit the process, or another function is none of its kind: else a run would tell
+        that at its first sample. An `adaptive` one that needs more steps does.
         """
+        self._check_functions()
         image, condition = self._clean(batch)
         inputs = self._inputs(image, jnp.zeros(len(image)), condition)
         with fitting("network"):
@@ -103,11 +106,7 @@ class Diffusion:
         return {"network": variables["params"]}, {}
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError unless a batch on the host has images in [0, 1] and labels of classes.
-
-        And if the sampler does not fit the process, or another function is none of its kind: else a
-        run would tell that at its first sample. An `adaptive` one that needs more steps does.
-        """
+        """Raises InputError unless a batch has images in [0, 1] and labels of classes."""
         check_unit_images(batch)
         if self.num_classes:
             if "label" not in batch:
@@ -115,8 +114,11 @@ class Diffusion:
                     f"num_classes is {self.num_classes}, but the data have no field label (there "
                     f"are: {', '.join(batch)}); give such, or set num_classes to 0"
                 )
-            check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
-        check_times(self.process)
+            check_labels(valid_rows(batch, "label"), self.num_classes)
+
+    def _check_functions(self) -> None:
+        with jax.ensure_compile_time_eval():
+            check_times(self.process)
         shape, steps, ones = tuple(self.image_shape), self.sample_steps, jnp.ones(1)
         if self.weighting is not None:
             check_call("weighting", partial(of_prediction, self.weighting, self.process), ones)
@@ -340,68 +342,3 @@ class Diffusion:
             raise InputError(
                 f"process is {self.process}, but that of the network is {other}; they must be equal"
             )
-
-
-@dataclass(frozen=True)
-class LearnedVariance(Diffusion):
-    """Improved DDPM: the network also learns the variances of the steps back.
-
-    A. Nichol, P. Dhariwal, https://arxiv.org/abs/2102.09672, section 3.1. The network gives
-    [b, h, w, 2 c] (see `cvjax.diffusion.learned_variance`). The loss is L_hybrid, `simple_weight`
-    times the (weighted) squared error plus `bound_weight` times the variational bound in nats for
-    a pixel; in the bound no gradient reaches the mean, unless it is all (L_vlb: `simple_weight` 0,
-    `bound_weight` 1). The sampler that uses the variances is `learned_variance.ddpm_learned`;
-    others leave them out.
-
-    Attributes:
-      simple_weight, bound_weight: see above.
-      bound_steps: of the process of which it is the bound. Each step counts as often as it comes:
-        for the bound itself take a process with uniform `times`.
-    """
-
-    simple_weight: float = 1.0
-    bound_weight: float = 1e-3
-    bound_steps: int = 1000
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_at_least(self, simple_weight=0, bound_weight=0, bound_steps=1)
-        if not (self.simple_weight or self.bound_weight):
-            raise InputError("simple_weight and bound_weight are 0: nothing is learned")
-
-    def denoiser(self, params: Params, condition: PyTree, guidance: float | None = None) -> Denoise:
-        """As of `Diffusion`, with the variances for the sampler that uses them."""
-        both = super().denoiser(params, condition, guidance)
-        if self._sampled_channels == self._channels:
-            return both
-        return lambda x, t: jnp.split(both(x, t), 2, axis=-1)[0]
-
-    @property
-    def _channels(self) -> int:
-        return 2 * self.image_shape[-1]
-
-    @property
-    def _sampled_channels(self) -> int:
-        is_learned = getattr(self.sampler, "func", self.sampler) is ddpm_learned
-        return self._channels if is_learned else self.image_shape[-1]
-
-    def _errors(
-        self,
-        params: Params,
-        image: jax.Array,
-        condition: PyTree,
-        t: jax.Array,
-        eps: jax.Array,
-    ) -> jax.Array:
-        process, steps = self.process, self.bound_steps
-        index = jnp.clip(jnp.ceil(t * steps), 1, steps)
-        t, s = index / steps, (index - 1) / steps
-        x = perturb(process, image, eps, t)
-        prediction, v = jnp.split(self._predict(params, x, t, condition), 2, axis=-1)
-        target = combine(process, process.prediction, image, eps, t)
-        errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
-        if self.weighting is not None:
-            errors *= of_prediction(self.weighting, process, t)
-        of_mean = jax.lax.stop_gradient(prediction) if self.simple_weight else prediction
-        bound = variational_bound(process, of_mean, (v + 1) / 2, image, x, t, s)
-        return self.simple_weight * errors + self.bound_weight * steps * bound

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cvjax import draw
-from cvjax.checks import check_at_least, check_unit
+from cvjax.checks import check_at_least, check_unit, valid_rows
 from cvjax.data.captions import encode
 from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
@@ -68,7 +68,7 @@ class TextToImage(Diffusion):
         super().check(batch)
         if "tokens" not in batch:
             raise InputError(f"captions need a field tokens; there are: {', '.join(batch)}")
-        self._check_tokens("a caption of the data", np.asarray(batch["tokens"])[batch["valid"]])
+        self._check_tokens("a caption of the data", valid_rows(batch, "tokens"))
 
     def _check_tokens(self, who: str, tokens: np.ndarray) -> None:
         if tokens.shape[1:] != (self.length,):

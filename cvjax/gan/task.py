@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from cvjax import draw
-from cvjax.checks import check_at_least, check_labels, check_unit_images
+from cvjax.checks import check_at_least, check_labels, check_unit_images, valid_rows
 from cvjax.errors import InputError
 from cvjax.gan.losses import Loss, NonSaturating, gradient_penalty, r1_penalty
 from cvjax.train.state import Params, PyTree, TrainState
@@ -117,7 +117,7 @@ class GAN:
                 f"num_classes is {self.num_classes}, but the data has no field label; it must be 0"
             )
         if self.num_classes:
-            check_labels(np.asarray(batch["label"])[batch["valid"]], self.num_classes)
+            check_labels(valid_rows(batch, "label"), self.num_classes)
 
     def discriminator_loss(
         self, params: Params, state: TrainState, batch: Batch, rng: jax.Array, turn: int = 0

@@ -137,7 +137,7 @@ def load_variables(
         )
     taken = set(names.values())
     values = {ours: arrays[theirs] for ours, theirs in names.items()}
-    made = _split_positions(values, targets)
+    made = {} if source == OWN else _split_positions(values, targets, arrays)
 
     rows, loaded = [], {}
     for ours, leaf in targets.items():
@@ -251,7 +251,9 @@ def _fitted(
         value = value.reshape(shape)
     if value.shape == shape:
         return value, "loaded"
-    if name == "position" and value.ndim == 3 and value.size and value.shape[-1] == shape[-1]:
+    is_grid = value.ndim == 3 and value.size and value.shape[-1] == shape[-1]
+    # [1, tokens, c] of torch's, in which no grid was found, is none.
+    if name == "position" and is_grid and not (foreign and value.shape[0] == 1 < value.shape[1]):
         height, width, _ = value.shape
         return resize_bicubic(value, *shape[:2]), f"loaded: resampled from {height}x{width}"
     if name.startswith(("head/", "box_head/", "heads_")):
@@ -260,32 +262,47 @@ def _fitted(
 
 
 def _split_positions(
-    values: dict[str, np.ndarray], targets: Mapping[str, jax.Array]
+    values: dict[str, np.ndarray], targets: Mapping[str, jax.Array], arrays: Mapping
 ) -> dict[str, str]:
-    """Torch's [1, tokens, c] as our grid [h, w, c] and the position of the class token, [c].
+    """Torch's [1, tokens, c] as our grid [h, w, c], and what is of the class token and registers.
 
-    Without a position of its own the class token is given zeros; then its status is returned.
+    Of `arrays`, all of the file, it is seen which tokens there are before the patches. A class
+    token without a position of its own is given zeros; then its status is returned. Where no grid
+    fits, [1, tokens, c] stays.
     """
-    name = "params/position"
+    name, of_registers = "params/position", "params/register_tokens"
     if name not in values or values[name].ndim != 3 or len(values[name]) != 1:
         return {}
     tokens = values[name][0]
     if not len(tokens) or len(targets[name].shape) != 3:
         return {}
     height, width, channels = targets[name].shape
-    # As many patches as ours, or else a square of them; with or without the class token before. 50
-    # tokens are a class and 7 x 7 patches, though ours be 5 x 10: published ones are square.
-    ours = [(first, height, width) for first in (0, 1)]
-    square = [(first, *[math.isqrt(len(tokens) - first)] * 2) for first in (0, 1)]
-    candidates = [*ours, *square] if height == width else [ours[1], *reversed(square), ours[0]]
-    fitting = [(f, h, w) for f, h, w in candidates if f + h * w == len(tokens)]
+    count = lambda names: sum(  # noqa: E731
+        array.size // channels for name, array in arrays.items() if re.search(names, name)
+    )
+    classes = count(r"(^|\.)(cls_token|class_token)$")
+    others = count(r"(^|\.)(dist_token|distillation_token|reg_token|register_tokens)$")
+    # Before those of the patches are positions of all other tokens, of the class alone, or none. 50
+    # with a class are its own and 7 x 7, though ours be 5 x 10: published grids are square.
+    square = lambda first: [math.isqrt(max(len(tokens) - first, 0))] * 2  # noqa: E731
+    candidates = [
+        (first, *grid)
+        for firsts in ((classes + others, classes), (0,))
+        for grids in (lambda _: (height, width), square)
+        for first in firsts
+        for grid in [grids(first)]
+    ]
+    fitting = [(f, h, w) for f, h, w in candidates if h * w and f + h * w == len(tokens)]
     if not fitting:
         return {}
     first, height, width = fitting[0]
     values[name] = tokens[first:].reshape(height, width, -1)
+    registers = values.get(of_registers)
+    if first > classes and registers is not None and registers.size == (first - classes) * channels:
+        # Ours have no positions: a register is the sum of both.
+        values[of_registers] = registers.reshape(-1, channels) + tokens[classes:first]
     if "params/class_position" in targets:
-        zeros = np.zeros(channels, tokens.dtype)
-        values["params/class_position"] = tokens[0] if first else zeros
+        values["params/class_position"] = tokens[0] if first else np.zeros(channels, tokens.dtype)
         if not first:
             return {"params/class_position": "loaded: zeros, for the file has none"}
     return {}

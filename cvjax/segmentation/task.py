@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu.metrics import Average
 
 from cvjax import draw
-from cvjax.checks import check_between, check_channels, check_labels
+from cvjax.checks import check_between, check_channels, check_labels, valid_rows
 from cvjax.errors import InputError, nearest
 from cvjax.nn.train_pass import train_pass
 from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
@@ -82,9 +81,9 @@ class Segmentation:
         if "mask" not in batch:
             raise InputError(f"Segmentation needs a field mask; there are: {', '.join(batch)}")
         check_channels(batch, mean=self.mean, std=self.std)
-        mask = np.asarray(batch["mask"])[batch["valid"]]
         classes = getattr(getattr(self.model, "head", None), "num_classes", 0)
-        check_labels(mask[mask != IGNORE], classes, f"mask, where it is not {IGNORE} (ignored),")
+        name = f"mask, where it is not {IGNORE} (ignored),"
+        check_labels(valid_rows(batch, "mask"), classes, name, ignored=IGNORE)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""

@@ -13,7 +13,7 @@ from cvjax.data.loader import Loader
 from cvjax.errors import InputError, naming_fields
 from cvjax.train import sharding
 from cvjax.train.metrics import means, pairs
-from cvjax.train.start import first_batch
+from cvjax.train.start import checked, first_batch
 from cvjax.train.state import TrainState
 from cvjax.train.task import Task
 
@@ -108,7 +108,7 @@ class Evaluation:
         params, model_state = state.averaged_params, state.model_state
         evaluators = {name: copy.deepcopy(one) for name, one in self.evaluators.items()}
         sums, pictures = [], {}
-        for number, batch in enumerate(self.loader.iterate()):
+        for number, batch in enumerate(checked(self.task, self.loader.iterate())):
             rng = jax.random.fold_in(self.rng, number)
             on_device = sharding.put_whole_batch(batch, self.mesh)
             place = sharding.put_whole_batch(places(batch, number), self.mesh)

@@ -26,6 +26,7 @@ from cvjax.train.metrics import Window
 from cvjax.train.optimizer import Optimizer, micro_batches, updates_by_group
 from cvjax.train.progress import Progress
 from cvjax.train.start import (
+    checked,
     example_batch,
     first_batch,
     initialized,
@@ -211,16 +212,16 @@ def fit(
         )
 
     with contextlib.ExitStack() as closing:  # whatever ends the run, the last opened first
-        is_new = checkpoints = restored = None
+        made, checkpoints, restored = [], None, None
         if workdir:
-            is_new = _make_directory(workdir)
+            made = _make_directory(workdir)
             if is_primary:
                 closing.enter_context(DirectoryLock(workdir))
             checkpoints = closing.enter_context(
                 Checkpoints(workdir / "checkpoints", keep=keep, best=best, mode=best_mode)
             )
         # Known by the lock: another run may have come first.
-        with _removed_if_refused(workdir if is_new and is_primary else None):
+        with _removed_if_refused(made if is_primary else []):
             if checkpoints:
                 restored = checkpoints.restore(like)
             if restored:
@@ -257,7 +258,7 @@ def fit(
                 saved = position
 
         with Signals() as signals, Progress(total // micro, position // micro) as progress:
-            batches = _timed(train_loader.iterate(position), progress)
+            batches = checked(task, _timed(train_loader.iterate(position), progress))
 
             def evaluated(update: int) -> dict[str, float]:
                 with progress.paused():
@@ -366,24 +367,30 @@ def _describe(task, state, example, mesh, resumed, workdir) -> None:
         log.info("workdir: %s%s", workdir, f"; resumed at step {resumed}" if resumed else "")
 
 
-def _make_directory(path: Path) -> bool:
-    """Makes the directory and says whether it is new; InputError where nothing can be written."""
+def _make_directory(path: Path) -> list[Path]:
+    """Makes the directory; returns it and those above it that are new, the deepest first.
+
+    Raises InputError where nothing can be written.
+    """
     try:
-        is_new = not path.exists()
+        made = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
         probe = path / "lock"
         probe.open("a").close()
     except OSError as error:
         raise InputError(f"workdir {path} cannot be written: {error.strerror}") from error
-    return is_new
+    return made
 
 
 @contextlib.contextmanager
-def _removed_if_refused(directory: Path | None) -> Iterator[None]:
-    """A directory that was made for a run which cannot begin does not stay behind."""
+def _removed_if_refused(made: list[Path]) -> Iterator[None]:
+    """Directories that were made for a run which cannot begin do not stay behind."""
     try:
         yield
     except Exception:
-        if directory is not None:
+        for directory in made[:1]:
             shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            for parent in made[1:]:
+                parent.rmdir()
         raise

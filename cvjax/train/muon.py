@@ -20,6 +20,7 @@ from cvjax.train.state import PyTree
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan: steep at 0, near 1 from there on
 _LEAST = 1e-8  # what is divided by is never less
 _AT_A_TIME = 3
+_PRECONDITIONINGS = "frobenius", "aol"
 
 
 def muon(
@@ -45,7 +46,7 @@ def muon(
     Raises InputError for no steps, another preconditioning, and decays outside [0, 1).
     """
     check_count(1, **{"muon: ns_steps": ns_steps})
-    check_choice(("frobenius", "aol"), **{"muon: preconditioning": preconditioning})
+    check_choice(_PRECONDITIONINGS, **{"muon: preconditioning": preconditioning})
     for name, decay in (("beta", beta), ("adam_b2", adam_b2)):
         check_between(0, 1, **{f"muon: {name}": decay})
         if decay == 1:
@@ -82,7 +83,10 @@ def orthogonalize(x: jax.Array, steps: int, preconditioning: str) -> jax.Array:
       preconditioning: what brings the singular values below 1 before: "frobenius" divides by the
         norm, "aol" each row by the root of its sum in |A| (T. Boissin et al.,
         https://arxiv.org/abs/2512.04632).
+
+    Raises InputError for another preconditioning.
     """
+    check_choice(_PRECONDITIONINGS, preconditioning=preconditioning)
     multiply = partial(jnp.matmul, precision="highest")
     a, b, c = _COEFFICIENTS
     is_tall = x.shape[0] > x.shape[1]

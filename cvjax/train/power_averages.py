@@ -95,6 +95,9 @@ def combination(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The factors, [n], of n snapshots whose sum is nearest to another average (algorithm 3).
 
+    They sum to 1, so that what did not change stays as it is: the nearest of all sums need not,
+    where few snapshots are far from the profile.
+
     Args:
       counts: [n], how many parameters each snapshot is an average of.
       widths: [n], of their profiles.
@@ -104,7 +107,8 @@ def combination(
     gamma = np.array([exponent(each) for each in np.asarray(widths, np.float64)])
     matrix = _overlap(t[:, None], gamma[:, None], t[None], gamma[None])
     # Snapshots may nearly depend on each other: the smallest solution.
-    return np.linalg.lstsq(matrix, _overlap(t, gamma, count, exponent(width)), rcond=1e-12)[0]
+    factors = np.linalg.lstsq(matrix, _overlap(t, gamma, count, exponent(width)), rcond=1e-12)[0]
+    return factors / factors.sum()
 
 
 def averaged_params(workdir: str | os.PathLike, group: str, params: PyTree, width: float) -> PyTree:

@@ -158,7 +158,7 @@ def load_state(
     if saved is None:
         raise InputError(f"workdir {workdir} has no checkpoint; train first")
     state = read_state(saved, like, but="opt_state")
-    log.info("loaded step %d of %s", saved.step, workdir)
+    log.info("loaded checkpoint %d of %s", saved.step, workdir)
     return state
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ def first_batch(
     # Where reading fails, as the run itself does; but without its threads and processes.
     names = ("transforms", "retries", "backoff", "bad_budget")
     options = {name: loader[name] for name in names if name in (loader or {})}
-    batch = next(Loader(data, batch_size, last="pad", **options).iterate())
-    if hasattr(task, "check"):
-        task.check(batch)
-    return batch
+    return next(checked(task, Loader(data, batch_size, last="pad", **options).iterate()))
+
+
+def checked(
+    task: Task, batches: Iterator[dict[str, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, each of which a task with a `check` may refuse."""
+    for batch in batches:
+        if hasattr(task, "check"):
+            task.check(batch)
+        yield batch
 
 
 def example_batch(*of: Any) -> dict[str, np.ndarray]:

@@ -34,9 +34,9 @@ class Task(Protocol):
     bool [batch]: False marks padding and examples that could not be read; losses and metrics
     must not depend on them. Under `jit` a batch is global: no task knows about devices.
 
-    A task may also have two methods that `fit` calls before the first step: `check(batch)`, which
-    raises InputError for a batch on the host, of training or held out, that it cannot take; and
-    `summary() -> str`, a line for people.
+    A task may also have two methods: `check(batch)`, which raises InputError for a batch on the
+    host, of training or held out, that it cannot take (each is shown to it, the first of both
+    before a run begins: it should be quick); and `summary() -> str`, a line for people.
     """
 
     @property

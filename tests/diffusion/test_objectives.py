@@ -10,11 +10,11 @@ import pytest
 
 from cvjax.diffusion import losses
 from cvjax.diffusion.coupling import optimal_coupling
-from cvjax.diffusion.learned_variance import ddpm_learned, variational_bound
+from cvjax.diffusion.learned_variance import LearnedVariance, ddpm_learned, variational_bound
 from cvjax.diffusion.preconditioning import Preconditioned
 from cvjax.diffusion.process import EDM, FlowMatching, VariancePreserving, like, perturb, uniform
 from cvjax.diffusion.samplers import ddim
-from cvjax.diffusion.task import Diffusion, LearnedVariance
+from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.train.loop import fit
 from cvjax.train.state import TrainState
@@ -61,6 +61,7 @@ def test_the_coupling_is_for_training_alone_and_keeps_to_the_class():
     batch = batch_of() | dict(valid=np.arange(8) < 7)
     task = task_of(Linear(), coupling=spy, class_dropout=0.5)
     params, state = start(task, batch)
+    seen.clear()  # it was tried
     losses_of = [
         one.loss(params, state, batch, jax.random.key(3))[0]
         for one in (task, task_of(Linear(), class_dropout=0.5))

@@ -13,7 +13,7 @@ import pytest
 from cvjax.diffusion import grids, losses
 from cvjax.diffusion.coupling import optimal_coupling
 from cvjax.diffusion.editing import repaint, slerp
-from cvjax.diffusion.learned_variance import ddpm_learned
+from cvjax.diffusion.learned_variance import LearnedVariance, ddpm_learned
 from cvjax.diffusion.preconditioning import Preconditioned
 from cvjax.diffusion.process import (
     EDM,
@@ -24,7 +24,7 @@ from cvjax.diffusion.process import (
     uniform,
 )
 from cvjax.diffusion.samplers import adaptive, ddim, dpm_solver_2m, euler_maruyama, heun, unipc
-from cvjax.diffusion.task import Diffusion, LearnedVariance
+from cvjax.diffusion.task import Diffusion
 from cvjax.errors import InputError
 from cvjax.nn.resnet import ResNet
 from cvjax.nn.unet import UNet
@@ -248,7 +248,7 @@ def test_classes_of_task_and_network_must_agree():
 def test_a_sampler_that_does_not_fit_is_told_before_the_training(fields, message):
     batch = {name: np.asarray(value) for name, value in batch_of().items()}
     with pytest.raises(InputError, match=message):
-        task_of(Linear(), **fields).check(batch)
+        jax.eval_shape(task_of(Linear(), **fields).init, jax.random.key(0), batch)
     del batch["label"]
     with pytest.raises(InputError, match="num_classes is 3, but the data have no field label"):
         task_of(Linear()).check(batch)

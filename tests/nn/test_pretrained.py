@@ -157,6 +157,40 @@ def test_positions_of_a_square_are_no_grid_of_as_many_places(tmp_path):
     np.testing.assert_array_equal(variables["params"]["class_position"], tokens[0, 0])
 
 
+def test_positions_of_further_tokens_are_no_part_of_the_grid(tmp_path):
+    """Those of DeiT's distillation token, and of registers in the default way of timm."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    model = ViT(num_classes=5, patch=8, image_size=32, width=12, depth=4, heads=3, registers=3)
+    base = {k: v for k, v in theirs("timm vit").items() if k not in ("cls_token", "pos_embed")}
+
+    def loaded(tokens, model=model, **others):
+        np.savez(tmp_path / "weights.npz", **base, **others, pos_embed=tokens)
+        variables, table = load_variables(ours(model), tmp_path / "weights.npz")
+        return variables["params"], statuses(table)
+
+    class_token, registers = draw(1, 1, 12), draw(1, 3, 12)
+    for name in ("dist_token", "embeddings.distillation_token"):
+        tokens = draw(1, 2 + 16, 12)
+        found, status = loaded(tokens, cls_token=class_token, **{name: draw(1, 1, 12)})
+        assert status["params/register_tokens"] == "missing" and "params/position" not in status
+        np.testing.assert_array_equal(found["position"].reshape(16, 12), tokens[0, 2:])
+        np.testing.assert_array_equal(found["class_position"], tokens[0, 0])
+    tokens = draw(1, 1 + 3 + 16, 12)
+    found, status = loaded(tokens, cls_token=class_token, reg_token=registers)
+    assert not status
+    np.testing.assert_array_equal(found["position"].reshape(16, 12), tokens[0, 4:])
+    np.testing.assert_array_equal(found["register_tokens"], registers[0] + tokens[0, 1:4])
+    # Without a class, 17 tokens are not one and 4 x 4.
+    found, status = loaded(tokens[:, :17], reg_token=registers[:, :2])
+    assert status["params/position"] == "shape differs: [1, 17, 12] in the file"
+    assert status["params/class_position"] == "missing"
+    wide = model.clone(image_size=(24, 40), registers=2, pooling="mean")
+    found, status = loaded(tokens[:, :17], wide, reg_token=registers[:, :2])
+    assert not status
+    np.testing.assert_array_equal(found["position"].reshape(15, 12), tokens[0, 2:17])
+
+
 @pytest.mark.parametrize("at", ["model", "model/backbone"])
 def test_a_backbone_inside_of_a_model(at, tmp_path):
     np.savez(tmp_path / "weights.npz", **theirs())

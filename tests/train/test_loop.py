@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from cvjax.data.loader import Loader
 from cvjax.errors import InputError
 from cvjax.train import loop
 from cvjax.train.evaluation import evaluate
@@ -311,9 +312,9 @@ def test_a_run_that_comes_second_leaves_the_first_its_new_directory(tmp_path, mo
     locks = []
 
     def first_comes_another(path):
-        is_new = make(path)
+        made = make(path)
         locks.append(DirectoryLock(path))
-        return is_new
+        return made
 
     monkeypatch.setattr(loop, "_make_directory", first_comes_another)
     with pytest.raises(InputError, match="in use by the run"):
@@ -421,6 +422,37 @@ def test_an_optimizer_that_keeps_parameters_starts_from_the_given_ones(tmp_path)
         Still(), Linear(), steps=1, batch_size=8, optimizer=optimizer, initialize=initialize
     )
     assert all((leaf == 1).all() for leaf in leaves(result.state.params))
+
+
+def test_of_a_run_that_cannot_begin_no_new_directory_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    options = dict(steps=1, batch_size=8, optimizer=optax.sgd(0.1))
+    initialize = functools.partial(load_params, path=tmp_path / "nowhere")
+    for workdir in ("new/above/run", "mine/run"):
+        with pytest.raises(InputError, match="nowhere"):
+            fit(
+                Regression(), Linear(), initialize=initialize, workdir=tmp_path / workdir, **options
+            )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+class BrokenLate(Broken):
+    """The first batch of eight is as it should be."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) if index == 17 else Linear.__getitem__(self, index)
+
+
+def test_each_batch_may_be_refused_and_what_was_trained_is_kept(tmp_path):
+    options = dict(batch_size=8, optimizer=optax.sgd(0.1), workdir=tmp_path / "run")
+    with pytest.raises(InputError, match="x is not finite"):
+        fit(Checks(), BrokenLate(200), steps=100, **options)
+    state = load_state(Regression(), Linear(), tmp_path / "run", batch_size=8)
+    broken = Linear()[17]["x"]
+    batches = enumerate(Loader(Linear(200), 8, seed=0).iterate())
+    assert int(state.step) == next(i for i, batch in batches if (batch["x"] == broken).any()) > 0
+    with pytest.raises(InputError, match="x is not finite"):
+        evaluate(Checks(), state, BrokenLate(24), batch_size=8)
 
 
 class Worn(Linear):
