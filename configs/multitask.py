@@ -62,6 +62,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
                 predict=dict(type="jax.numpy.argmax", axis=-1),
                 picture=dict(type="segmentation.task.side_by_side"),
                 weight=1.0,
+                check=dict(type="segmentation.task.check_masks"),
             ),
             present=dict(
                 type="multitask.task.Head",
@@ -69,6 +70,7 @@ def get_config(tiny: bool = False) -> ConfigDict:
                 criterion=dict(type="multitask.multilabel.measure", field="present"),
                 predict=dict(type="jax.nn.sigmoid"),
                 weight=1.0,
+                check=dict(type="multitask.multilabel.check", field="present"),
             ),
         ),
         weighting="uncertainty",

@@ -103,7 +103,8 @@ class Classification:
         """Raises InputError for a batch on the host without labels, or with one that is no class.
 
         The latter where the model says how many there are, by a field `num_classes`; then also for
-        probabilities outside [0, 1] (but for rounding). Also for a `mean` or `std` that has another
+        probabilities outside [0, 1] or, of classes that exclude each other, of another sum than 1
+        (but for rounding). Also for a `mean` or `std` that has another
         length than the images have channels.
         """
         if "label" not in batch:
@@ -117,6 +118,12 @@ class Classification:
             wrong = label[~((label >= -1e-3) & (label <= 1 + 1e-3))]
             if wrong.size:
                 raise InputError(f"label is {wrong[0]}; one for each class must be in [0, 1]")
+            total = label.sum(axis=1, dtype=float)
+            if self.exclusive and (wrong := total[abs(total - 1) > 1e-2]).size:
+                raise InputError(
+                    f"label sums to {wrong[0]:.4g}; for classes that exclude each other it must "
+                    "sum to 1: if an image can have several, set exclusive to False"
+                )
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections; also the teacher's.

@@ -92,7 +92,6 @@ class Diffusion:
         does not fit the process, or another function is none of its kind: else a run would tell
         that at its first sample. An `adaptive` one that needs more steps does.
         """
-        self._check_functions()
         image, condition = self._clean(batch)
         inputs = self._inputs(image, jnp.zeros(len(image)), condition)
         with fitting("network"):
@@ -103,6 +102,7 @@ class Diffusion:
                 f"the network gives {list(output.shape)}; of images {list(image.shape)} it must "
                 f"give {list(expected)}: set its out_channels"
             )
+        self._check_functions()
         return {"network": variables["params"]}, {}
 
     def check(self, batch: Batch) -> None:

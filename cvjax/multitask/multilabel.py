@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cvjax.checks import check_at_least
+from cvjax.checks import check_at_least, valid_rows
 from cvjax.errors import InputError
 from cvjax.train.task import Batch, Metrics, mean
 
@@ -37,6 +37,16 @@ class Pooled(nn.Module):
         """Maps [b, h, w, c], the finest first, to scores, float32 [b, outputs]."""
         pooled = jnp.mean(maps[-1], axis=(1, 2), dtype=jnp.float32)
         return nn.Dense(self.outputs, name="score")(pooled)
+
+
+def check(batch: Batch, module: object, *, field: str = "present") -> None:
+    """Raises InputError for a truth in a batch on the host that is not in [0, 1]."""
+    truth = valid_rows(batch, field)
+    if truth.size and not (0 <= truth.min() and truth.max() <= 1):  # NaN is neither
+        raise InputError(
+            f"{field} goes from {truth.min()} to {truth.max()}; it must be 0 or 1: a yes or no for "
+            "each class"
+        )
 
 
 def measure(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from clu.metrics import Average
 
-from cvjax.checks import check_between, check_channels
+from cvjax.checks import check_between, check_channels, fitting
 from cvjax.errors import InputError, naming_fields, nearest
 from cvjax.nn.features import ordered_features
 from cvjax.nn.train_pass import train_pass
@@ -33,6 +33,9 @@ class Head:
       predict: outputs -> what evaluators see under the name of the head; None for the outputs.
       picture: (outputs, batch) -> an image [H, W, 1 or 3] in [0, 1] for people; None for none.
       weight: of the loss, where weights are fixed.
+      check: (batch on the host, module) -> raises InputError for truth that the criterion cannot
+        take: `cvjax.segmentation.task.check_masks`, `cvjax.multitask.multilabel.check`; None for
+        none.
     """
 
     module: nn.Module
@@ -40,6 +43,7 @@ class Head:
     predict: Callable[[PyTree], jax.Array] | None = None
     picture: Callable[[PyTree, Batch], jax.Array] | None = None
     weight: float = 1.0
+    check: Callable[[Batch, nn.Module], None] | None = None
 
 
 class Network(nn.Module):
@@ -109,8 +113,15 @@ class MultiTask:
         return (Objective("model", self.loss),)
 
     def check(self, batch: Batch) -> None:
-        """Raises InputError for a `mean` or `std` of another length than images have channels."""
+        """Raises InputError for what the `check` of a head refuses.
+
+        Also for a `mean` or `std` of another length than images have channels.
+        """
         check_channels(batch, mean=self.mean, std=self.std)
+        for name, head in self.heads.items():
+            if head.check is not None:
+                with fitting(f"heads.{name}.check"), naming_fields(f"heads.{name}", batch):
+                    head.check(batch, head.module)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": {"backbone": ..., "heads_<name>": ...}} and other collections.
@@ -151,21 +162,23 @@ class MultiTask:
     ) -> dict[str, jax.Array]:
         """Returns the prediction of each head under its name."""
         outputs = self._outputs(params, model_state, batch)
-        return {
-            name: head.predict(outputs[name]) if head.predict else outputs[name]
-            for name, head in self.heads.items()
-        }
+        for name, head in self.heads.items():
+            if head.predict is not None:
+                with fitting(f"heads.{name}.predict"):
+                    outputs[name] = head.predict(outputs[name])
+        return outputs
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns the picture of each head that has one."""
         outputs = self._outputs(params, model_state, batch)
-        return {
-            name: head.picture(outputs[name], batch)
-            for name, head in self.heads.items()
-            if head.picture
-        }
+        pictures = {}
+        for name, head in self.heads.items():
+            if head.picture is not None:
+                with fitting(f"heads.{name}.picture"):
+                    pictures[name] = head.picture(outputs[name], batch)
+        return pictures
 
     def _measure(
         self, params: Params, outputs: dict[str, PyTree], batch: Batch
@@ -173,7 +186,7 @@ class MultiTask:
         total, found = 0.0, {}
         count = jnp.sum(batch["valid"])
         for name, head in self.heads.items():
-            with naming_fields(f"heads.{name}", batch):
+            with fitting(f"heads.{name}.criterion"), naming_fields(f"heads.{name}", batch):
                 value, metrics = head.criterion(outputs[name], batch)
             found |= {f"{name}/{metric}": one for metric, one in metrics.items()}
             if self.weighting == "fixed":

@@ -81,9 +81,7 @@ class Segmentation:
         if "mask" not in batch:
             raise InputError(f"Segmentation needs a field mask; there are: {', '.join(batch)}")
         check_channels(batch, mean=self.mean, std=self.std)
-        classes = getattr(getattr(self.model, "head", None), "num_classes", 0)
-        name = f"mask, where it is not {IGNORE} (ignored),"
-        check_labels(valid_rows(batch, "mask"), classes, name, ignored=IGNORE)
+        check_masks(batch, getattr(self.model, "head", None))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, PyTree]:
         """Returns {"model": parameters} and the model's other collections."""
@@ -174,7 +172,7 @@ def measure(
       The sum, and as metrics loss (that sum), each loss by its name where there are several, and
       accuracy, each with the number of pixels that count.
     """
-    mask = _truth(batch)
+    mask = _truth(logits, batch)
     counts = counted(mask)
     pixels = jnp.sum(counts)
     values = {name: loss(logits, mask) for name, loss in losses.items()}
@@ -202,7 +200,22 @@ def side_by_side(logits: jax.Array, batch: Batch) -> jax.Array:
     return draw.grid(jnp.concatenate(panels, axis=2), columns=3, padding=2)
 
 
-def _truth(batch: Batch) -> jax.Array:
+def check_masks(batch: Batch, module: object) -> None:
+    """Raises InputError for a class in a mask of a batch on the host that `module` does not have.
+
+    That is where it says how many there are, by a field `num_classes`.
+    """
+    name = f"mask, where it is not {IGNORE} (ignored),"
+    classes = getattr(module, "num_classes", 0)
+    check_labels(valid_rows(batch, "mask"), classes, name, ignored=IGNORE)
+
+
+def _truth(logits: jax.Array, batch: Batch) -> jax.Array:
     """The mask, int32, without the rows that are not valid."""
     mask = jnp.asarray(batch["mask"]).astype(jnp.int32)
+    if mask.shape != logits.shape[:3]:
+        raise InputError(
+            f"mask is {list(mask.shape)}; for logits {list(logits.shape)} it must be "
+            f"{list(logits.shape[:3])}, a class for each pixel"
+        )
     return jnp.where(jnp.asarray(batch["valid"])[:, None, None], mask, IGNORE)

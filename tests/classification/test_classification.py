@@ -203,6 +203,10 @@ def test_labels_are_looked_at_before_training():
     for value in (2.0, -1.0, np.nan):
         with pytest.raises(InputError, match=rf"label is {value}; one for each class must be in"):
             task.check({**batch, "label": np.full((3, CLASSES), value)})
+    for several in (np.zeros((3, CLASSES)), np.ones((3, CLASSES))):
+        with pytest.raises(InputError, match=rf"label sums to {several[0].sum():.0f}; .*exclusive"):
+            task.check({**batch, "label": several})
+        dataclasses.replace(task, exclusive=False).check({**batch, "label": several})
     with pytest.raises(InputError, match="needs a field label; there are: image, valid"):
         task.check({name: batch[name] for name in ("image", "valid")})
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from cvjax.errors import InputError
-from cvjax.multitask.multilabel import Pooled, measure
+from cvjax.multitask.multilabel import Pooled, check, measure
 from cvjax.multitask.task import Head, MultiTask
 from cvjax.segmentation.heads import FCN
 from cvjax.segmentation.losses import cross_entropy
 from cvjax.segmentation.model import Segmenter
-from cvjax.segmentation.task import Segmentation, side_by_side
+from cvjax.segmentation.task import Segmentation, check_masks, side_by_side
 from cvjax.segmentation.task import measure as measure_pixels
 from cvjax.train.task import Task
 
@@ -211,6 +211,40 @@ def test_multilabel_of_rows_that_are_not_valid_may_be_anything():
     gradient = jax.jit(jax.grad(lambda logits: measure(logits, batch)[0]))(logits)
     np.testing.assert_array_equal(gradient[1], 0)
     np.testing.assert_allclose(gradient[0], [-0.5 / (1 + np.e), 0.5 / (1 + np.e**2)], rtol=1e-6)
+
+
+def test_the_truth_of_each_head_is_looked_at():
+    pixels = dataclasses.replace(PIXELS, check=check_masks)
+    present = dataclasses.replace(PRESENT, check=check)
+    task, batch = MultiTask(Backbone(), {"pixels": pixels, "present": present}), batch_of(3)
+    task.check(batch)
+    for name, value, message in (
+        ("mask", CLASSES, f"is {CLASSES}, but num_classes is {CLASSES}"),
+        ("present", 7, "present goes from 0 to 7; it must be 0 or 1"),
+        ("present", np.nan, "present goes from nan to nan"),
+    ):
+        wrong = batch[name].astype(np.float32 if value != value else np.uint8) * (value == value)
+        wrong[1].flat[0] = value
+        with pytest.raises(InputError, match=message):
+            task.check({**batch, name: wrong})
+        task.check({**batch, name: wrong, "valid": np.arange(3) != 1})
+    with pytest.raises(InputError, match=r"heads\.present needs a field 'present'"):
+        task.check({name: value for name, value in batch.items() if name != "present"})
+
+
+@pytest.mark.parametrize("field", ["criterion", "predict", "picture"])
+def test_functions_of_another_kind_are_one_line(field):
+    head = dataclasses.replace(PIXELS, **{field: lambda: None})
+    task, batch = MultiTask(Backbone(), {"pixels": head}), batch_of(1)
+    key = jax.random.key(0)
+
+    def run(batch):
+        state = task.init(key, batch)
+        for method in (task.evaluate, task.predict, task.visualize):
+            method(*state, batch, key)
+
+    with pytest.raises(InputError, match=rf"heads\.pixels\.{field} does not fit: TypeError"):
+        jax.eval_shape(run, batch)
 
 
 def test_a_field_that_is_not_there_is_named():

@@ -16,7 +16,7 @@ from cvjax.segmentation.heads import SegFormer
 from cvjax.segmentation.losses import cross_entropy, dice, focal
 from cvjax.segmentation.model import Segmenter
 from cvjax.segmentation.sliding_window import sliding_window
-from cvjax.segmentation.task import Segmentation
+from cvjax.segmentation.task import Segmentation, measure
 from cvjax.train.task import Task
 
 CLASSES = 3
@@ -170,6 +170,9 @@ def test_masks_are_looked_at_before_training():
         with pytest.raises(InputError, match=message):
             task.check({**batch, "mask": mask})
         task.check({**batch, "mask": mask, "valid": np.array([True, False, True])})
+    wide, logits = {**batch, "mask": batch["mask"][..., None]}, jnp.zeros((3, 5, 7, CLASSES))
+    with pytest.raises(InputError, match=r"mask is \[3, 5, 7, 1\]; .* must be \[3, 5, 7\], a"):
+        measure(logits, wide, losses={"cross_entropy": cross_entropy})
     with pytest.raises(InputError, match="needs a field mask; there are: image, valid"):
         task.check({name: batch[name] for name in ("image", "valid")})
 
