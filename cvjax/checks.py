@@ -97,7 +97,9 @@ def check_fill(channels: int, fill: object) -> None:
 def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     """Returns (height, width), for one number that of a square; raises InputError."""
     pair = tuple(size) if isinstance(size, Sequence | np.ndarray) else (size, size)
-    if len(pair) != 2 or any(not isinstance(side, _WHOLE) or side < 1 for side in pair):
+    if len(pair) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, _WHOLE) or side < 1 for side in pair
+    ):
         raise InputError(
             f"{name} is {size!r}; it must be a number of pixels, at least 1, or two of them"
         )

@@ -202,11 +202,15 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         case ".npz":
             try:
                 with np.load(file, allow_pickle=False) as archive:
-                    return dict(archive)
+                    arrays = dict(archive)
             except Exception as error:  # zipfile, zlib and numpy raise ten kinds for damaged files
                 raise InputError(
                     f"{file} cannot be read: {str(error) or 'it is damaged'}"
                 ) from error
+            for name, array in arrays.items():
+                if not isinstance(array, np.ndarray):
+                    raise InputError(f"{file} cannot be read: {name} in it is no array")
+            return arrays
         case ".pth" | ".pt" | ".bin":
             try:
                 return state_dict(read_torch(file), file)

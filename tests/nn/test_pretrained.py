@@ -1,6 +1,7 @@
 """Files of weights into variables, and what the table says of them."""
 
 import functools
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +254,11 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
     (tmp_path / "broken.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.npz cannot be read"):
         read_weights(tmp_path / "broken.npz")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "other.npz", "a") as archive:
+        archive.writestr("README.txt", "hello")
+    with pytest.raises(InputError, match=r"other\.npz cannot be read: README.txt in it"):
+        read_weights(tmp_path / "other.npz")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     with pytest.raises(InputError, match="none of its 1 arrays"):
         load_variables(ours(ResNet(num_classes=5, **SMALL)), tmp_path / "other.npz")

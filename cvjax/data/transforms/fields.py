@@ -115,7 +115,7 @@ def _moved(
     result = visible(real_objects(example))
     result["image"] = image(picture)
     if "mask" in result:
-        mask = result["mask"]
+        mask = np.asarray(result["mask"])
         if mask.shape != picture.shape[:2] or mask.dtype.kind not in "iu" or mask.dtype == np.int8:
             raise InputError(
                 f"mask must be integers (uint8, say) {list(picture.shape[:2])}, as the image, "
@@ -311,18 +311,21 @@ def warp(
         interpolation: "nearest", "bilinear" or "bicubic"; next to the edge it blends with `fill`.
 
     Raises:
-        InputError: the matrix has no inverse, or folds the image.
+        InputError: the matrix is no [3, 3], has no inverse, or folds the image.
     """
     check_sampling(example, fill, interpolation)
     old_height, old_width, channels = image_of(example).shape
     height, width = (old_height, old_width) if size is None else height_and_width(size)
     matrix = np.asarray(matrix, np.float64)
+    if matrix.shape != (3, 3):
+        raise InputError(f"the matrix is {list(matrix.shape)}; it must be [3, 3]")
     corners = np.array(
         [[0, 0, 1], [old_width, 0, 1], [0, old_height, 1], [old_width, old_height, 1]]
     )
     depth = corners @ matrix[2]
-    is_regular = np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-12
-    if not is_regular or depth.min() * depth.max() <= 0:
+    is_regular = np.isfinite(matrix).all() and (depth.min() > 0 or depth.max() < 0)
+    # Homographies have no scale: of this one the depth in the middle is 1.
+    if not is_regular or abs(np.linalg.det(matrix / depth.mean())) <= 1e-12:
         raise InputError(f"the matrix {matrix.tolist()} does not map the image one to one")
     # OpenCV counts from the centre of the first pixel, and wants the way from new to old.
     to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])

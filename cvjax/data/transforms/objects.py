@@ -16,7 +16,7 @@ def names_of_objects(example: Example) -> list[str]:
 
 
 def check_objects(example: Example) -> None:
-    """Raises InputError unless all fields with a row for each object agree."""
+    """Raises InputError unless fields with a row for each object agree and boxes are finite."""
     shapes = {"boxes": (2, 4), "keypoints": (3, 3), "masks": (3, None)}
     for name, (axes, last) in shapes.items():
         if name in example:
@@ -24,6 +24,12 @@ def check_objects(example: Example) -> None:
             if len(shape) != axes or last not in (None, shape[-1]):
                 wanted = {"boxes": "[n, 4]", "keypoints": "[n, k, 3]", "masks": "[n, h, w]"}[name]
                 raise InputError(f"{name} must be {wanted}, not {list(shape)}")
+            if not isinstance(example[name], np.ndarray):
+                kind = type(example[name]).__name__
+                raise InputError(f"{name} must be an array of NumPy, not a {kind}")
+    broken = ~np.isfinite(example.get("boxes", np.zeros((0, 4)))).all(axis=1)
+    if broken.any():  # it would be outside, and dropped without a word
+        raise InputError(f"a box is {example['boxes'][broken][0].tolist()}; it must be finite")
     rows = {name: len(example[name]) for name in names_of_objects(example)}
     if len(set(rows.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in rows.items())

@@ -574,6 +574,8 @@ def test_settings_that_make_no_sense_are_refused_at_the_first_example(transform,
         ({"mask": np.zeros((9, 12), bool)}, "mask must be integers"),
         ({"masks": np.zeros((3, 9, 12), np.uint8)}, "masks must be bool"),
         ({"boxes": np.zeros((3, 5), np.float32)}, r"boxes must be \[n, 4\]"),
+        ({"boxes": [[1, 1, 2, 2]] * 3}, "boxes must be an array of NumPy, not a list"),
+        ({"boxes": np.full((3, 4), np.nan, np.float32)}, "a box is .nan.*must be finite"),
         ({"box_labels": np.zeros(2, np.int32)}, "box_labels 2"),
         ({"keypoints": np.zeros((3, 4), np.float32)}, "keypoints must be"),
     ],
@@ -583,10 +585,23 @@ def test_fields_that_do_not_fit_are_named(change, message):
         fields.flip({**scene(), **change})
 
 
+def test_a_homography_has_no_scale():
+    matrix = np.array([[0.9, 0.1, 40_000.0], [0.0, 1.0, 0.0], [0.001, 0.0, 1.0]])
+    for move in (matrix, np.eye(3)):
+        expected = fields.warp(scene(), move)
+        for scale in (1e-5, 1e5, -1e-3):
+            found = fields.warp(scene(), scale * move)
+            np.testing.assert_allclose(found["boxes"], expected["boxes"], rtol=1e-6)
+            # The inverse may differ by a rounding, and so a pixel by one level.
+            np.testing.assert_allclose(np.int32(found["image"]), expected["image"], atol=1)
+
+
 def test_a_matrix_that_folds_the_image_is_refused():
     folding = np.array([[1.0, 0, 0], [0, 1, 0], [-0.2, 0, 1]])
     for matrix in (folding, np.zeros((3, 3)), np.full((3, 3), np.nan)):
         with pytest.raises(InputError, match="one to one"):
             fields.warp(scene(), matrix)
+    with pytest.raises(InputError, match=r"the matrix is \[2, 3\]; it must be \[3, 3\]"):
+        fields.warp(scene(), np.eye(3)[:2])
     with pytest.raises(InputError, match="no pixels"):
         fields.crop(scene(), 0, 0, 0, 5)
