@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from cvjax import draw
-from cvjax.autoencoder.evaluate import psnr, ssim
 from cvjax.autoencoder.likelihoods import Bernoulli, Likelihood
 from cvjax.autoencoder.quantize import Quantized, Quantizer, perplexity
 from cvjax.checks import check_at_least, check_unit_images
 from cvjax.errors import InputError
+from cvjax.evaluation.similarity import psnr, ssim
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, example_keys, first_row, mean
 

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cvjax.checks import valid_rows
+from cvjax.evaluation.similarity import psnr
+
 
 class UpsamplingPSNR:
     """The peak signal-to-noise ratio of "sample" and of "bilinear", in dB, mean over images.
 
-    10 log10(1 / mean squared error) of an image in [0, 1]; an error below 1e-10 counts as that. The
-    third figure, "gain", is the one less the other. Without a valid image there are no figures.
+    As of `cvjax.evaluation.similarity.psnr`. The third figure, "gain", is the one less the other.
+    Without a valid image there are no figures.
     """
 
     def __init__(self):
@@ -17,12 +20,9 @@ class UpsamplingPSNR:
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
         """Takes what an `Upsampler` predicts, and the true images."""
-        true, valid = np.asarray(batch["image"], np.float64), batch["valid"]
-        errors = [
-            np.mean((np.asarray(outputs[name], np.float64) - true) ** 2, axis=(1, 2, 3))[valid]
-            for name in ("sample", "bilinear")
-        ]
-        self.rows.append(-10 * np.log10(np.maximum(errors, 1e-10)))
+        true = valid_rows(batch, "image")
+        found = (np.asarray(outputs[name])[batch["valid"]] for name in ("sample", "bilinear"))
+        self.rows.append(np.stack([psnr(one, true) for one in found]))
 
     def result(self) -> dict[str, float]:
         """The means."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cvjax.checks import check_count
+from cvjax.checks import check_count, check_labels
 from cvjax.errors import InputError
 from cvjax.evaluation.distances import (
     classifier_score,
@@ -47,7 +47,8 @@ class SampleQuality:
         there are, if fewer).
       KD-digits: the kernel distance, unbiased; precision, recall, density, coverage.
       score: `classifier_score`; with Inception, the three are FID, KID and IS.
-      agreement: the share of images that are taken for what they should be, given the labels.
+      agreement: the share of images that are taken for what they should be, given the labels; not
+        of Inception, which knows other classes.
       classes: how many classes images are taken for.
       nearest: the median distance of an image's pixels in [0, 1] to the nearest training image.
         Copies are nearer than `nearest_real`.
@@ -124,8 +125,8 @@ class SampleQuality:
         `labels` int [n]: what the images were asked to be.
 
         Raises:
-          InputError: fewer than `neighbours` + 1 images, images of another shape than real ones, or
-            another number of labels.
+          InputError: fewer than `neighbours` + 1 images, images of another shape than real ones,
+            another number of labels, or one that is no class of the extractor's.
         """
         images = unit(images)
         if len(images) <= self.neighbours:
@@ -142,6 +143,9 @@ class SampleQuality:
         if labels is not None and labels.shape != (len(images),):
             raise InputError(f"labels are {list(labels.shape)}; they must be [{len(images)}]")
         features, probabilities = self.extractor(images)
+        if labels is not None and not self.extractor.is_fid:
+            name = f"label, which must be a class of the extractor {self.extractor.name!r},"
+            check_labels(labels, probabilities.shape[1], name)
         found = self._compare(Real(images, features, probabilities, labels))
         if len(images) not in self.floors:
             # Not the first ones: a source may have class after class.
@@ -164,7 +168,7 @@ class SampleQuality:
             "classes": float(len(np.unique(some.probabilities.argmax(1)))),
             "nearest": float(np.median(nearest_distances(flat(train.images), flat(some.images)))),
         }
-        if some.labels is not None:
+        if some.labels is not None and not fid:
             found["agreement"] = float(np.mean(some.probabilities.argmax(1) == some.labels))
         return found
 

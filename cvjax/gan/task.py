@@ -213,14 +213,18 @@ class GAN:
         """Returns an image of each class in `labels`, float32 [b, h, w, c] in [0, 1]; jit it.
 
         The image at row i comes from `fold_in(rng, first + i)`, whatever the batch. The BatchNorm
-        statistics are taken anew, of `statistics_batch` images of all classes: those of training
-        do not fit averaged parameters. Raises InputError, outside of jit, for no such label.
+        statistics are taken anew, of `statistics_batch` images of all classes, or spread over
+        them if they are more: those of training do not fit averaged parameters.
+
+        Raises InputError, outside of jit, for no such label.
         """
         if self.num_classes and not isinstance(labels, jax.core.Tracer):
             check_labels(np.asarray(labels), self.num_classes)
         count = self.statistics_batch
         z = jax.random.normal(jax.random.key(0), (count, self.latents))
-        every = jnp.arange(count) % max(self.num_classes, 1)
+        classes = max(self.num_classes, 1)
+        every = jnp.arange(count)
+        every = every % classes if count >= classes else every * classes // count
         weights = {"params": params["generator"]}
         _, statistics = self.generator.apply(weights, z, every, train=True, mutable="batch_stats")
         keys = example_keys(rng, len(labels), first)

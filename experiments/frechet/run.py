@@ -7,15 +7,17 @@
         --inception=pt_inception-2015-12-05.pth
 
 scores the samples of a trained generator, one for each held-out example, or the images in a folder
-(flat, or with a sub-folder for each class), beside held-out real images in their place. The
-features are those of the judge (configs/classification.py, another seed), which is trained in
-runs/judge if it is not there, or those of the Inception network with weights of your own.
+(flat, or in sub-folders: where these are named as classes of the real images, agreement is told),
+beside held-out real images in their place. The features are those of the judge
+(configs/classification.py, another seed), which is trained in runs/judge if it is not there, or
+those of the Inception network with weights of your own.
 """
 
 import argparse
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +58,28 @@ def inception(weights: Path) -> Extractor:
     return Extractor("inception", InceptionV3(), initialize, image_shape=(299, 299, 3))
 
 
-def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """uint8 [n, h, w, channels], and the labels where the images are in folders of classes."""
-    files = sorted(f for f in folder.glob("[!.]*") if f.suffix.lower() in SUFFIXES)
+def images_in(
+    folder: Path, channels: int, classes: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """uint8 [n, h, w, channels], and the labels, where each is in a folder named as its class.
+
+    Raises InputError for a folder without images, one in which not all are of such folders, or
+    images that cannot be read or have several sizes.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    entries = sorted(folder.glob("[!.]*"))
+    files = [file for file in entries if file.suffix.lower() in SUFFIXES]
+    names = [entry.name for entry in entries if entry.is_dir()]
+    if not (files or names):
+        raise InputError(f"{folder} has no images ({' '.join(SUFFIXES)})")
+    if files and names:
+        raise InputError(
+            f"{folder} has images and folders, {names[0]!r} say; it must have one kind"
+        )
+    labels = None
     if files:
-        images, labels = [], None
+        images = []
         for file in files:
             try:
                 convert = functools.partial(upright, channels=channels)  # as `Folder` does
@@ -71,7 +90,8 @@ def images_in(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray | Non
         source = Folder(folder, channels=channels)
         records = [source[i] for i in range(len(source))]
         images = [record["image"] for record in records]
-        labels = np.array([record["label"] for record in records])
+        if set(names) <= set(classes):  # else nobody knows what they should show
+            labels = np.array([classes.index(names[record["label"]]) for record in records])
     if len({image.shape for image in images}) != 1:
         raise InputError(f"the images in {folder} must all have one size")
     return np.stack(images).reshape(len(images), *images[0].shape[:2], channels), labels
@@ -98,7 +118,8 @@ def score(flags: argparse.Namespace, changes: list[tuple[str, str]]) -> dict[str
         size = height if height == width else None
         train, held_out = (Folder(path, channels, size) for path in (flags.train, flags.held_out))
     channels = train[0]["image"].shape[-1]
-    images = images_in(flags.images, channels) if flags.images is not None else None
+    classes = getattr(train, "class_names", ())
+    images = images_in(flags.images, channels, classes) if flags.images is not None else None
     extractor = inception(flags.inception) if flags.inception else judge(flags.judge)
     quality = SampleQuality(extractor, train, held_out, cache=flags.cache)
     if images is not None:

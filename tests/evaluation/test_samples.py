@@ -251,6 +251,8 @@ def test_what_cannot_be_is_said(extractor):
         message = f"there are {few} images; with neighbours=5 there must be at least 6"
         with pytest.raises(InputError, match=message):
             quality.score(images[:few])
+    with pytest.raises(InputError, match=r"label, .* extractor 'toy', is 999"):
+        quality.score(images, np.full(20, 999))
     with pytest.raises(InputError, match=r"labels are \[19\]; they must be \[20\]"):
         quality.score(images, np.zeros(19, int))
     images, labels = images[:8], np.zeros(8, int)
@@ -298,9 +300,21 @@ def test_images_of_a_folder(tmp_path):
     images, labels = frechet.images_in(tmp_path / "flat", 1)
     np.testing.assert_array_equal(images[..., 0], pictures)
     assert labels is None
-    images, labels = frechet.images_in(tmp_path / "classes", 3)
-    np.testing.assert_array_equal(images[..., 2], pictures[[0, 2, 1, 3]])
-    assert labels.tolist() == [0, 0, 1, 1]
+    for classes, expected in ((("1", "5", "0"), [2, 2, 0, 0]), (("1", "2"), None), ((), None)):
+        images, labels = frechet.images_in(tmp_path / "classes", 3, classes)
+        np.testing.assert_array_equal(images[..., 2], pictures[[0, 2, 1, 3]])
+        assert labels is None if expected is None else labels.tolist() == expected
+    (tmp_path / "mixed" / "0").mkdir(parents=True)
+    with pytest.raises(InputError, match="0 has no images"):
+        frechet.images_in(tmp_path / "mixed", 1)
+    Image.fromarray(pictures[0]).save(tmp_path / "mixed" / "0.png")
+    with pytest.raises(InputError, match="has images and folders, '0' say"):
+        frechet.images_in(tmp_path / "mixed", 1)
+    with pytest.raises(InputError, match="there is no folder .*0.png"):
+        frechet.images_in(tmp_path / "mixed" / "0.png", 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty has no images"):
+        frechet.images_in(tmp_path / "empty", 1)
     # Grey levels of 16 bits are those of `Folder`, and hidden files are no images.
     (tmp_path / "deep").mkdir()
     Image.fromarray(pictures[0].astype(np.uint16) * 257).save(tmp_path / "deep" / "0.png")
