@@ -96,7 +96,13 @@ def invert(
     The probability flow ODE run from data to noise, as in DDIM inversion (J. Song et al.,
     https://arxiv.org/abs/2010.02502, section 4.3), but by Heun's method: 2 * steps evaluations, and
     an error of order 2.
+
+    Raises InputError for x of whole numbers: it must be in the range of the process.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(
+            f"invert: x is {x.dtype}; it must be floating, in the range of the process"
+        )
     grid = time_steps(times, process, steps)[::-1]
 
     def step(x: jax.Array, index: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Diffusion: a network learns to take noise away, and noise becomes images."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 from cvjax import draw
 from cvjax.checks import (
     check_at_least,
+    check_between,
     check_call,
     check_fractions,
     check_labels,
@@ -221,9 +223,12 @@ class Diffusion:
 
         Raises InputError for settings that do not fit and, outside of jit, for no such label.
         """
-        if self.num_classes and not isinstance(condition, jax.core.Tracer):
-            label = np.asarray(condition)
-            check_labels(label[label != self.num_classes], self.num_classes)
+        if self.num_classes:
+            condition = jnp.asarray(condition)
+            if condition.ndim != 1:
+                raise InputError(f"labels are {list(condition.shape)}; they must be [b]")
+            if not isinstance(condition, jax.core.Tracer):
+                check_labels(np.asarray(condition), self.num_classes, ignored=self.num_classes)
         steps = self.sample_steps if steps is None else steps
         keys = example_keys(rng, len(jax.tree.leaves(condition)[0]), first)
         denoise = self.denoiser(params, condition, guidance)
@@ -316,6 +321,9 @@ class Diffusion:
         return self.num_classes > 0
 
     def _check_guidance(self, guidance: float) -> None:
+        if isinstance(guidance, jax.core.Tracer):
+            raise InputError("guidance is traced; it must be a number: 1 is another program")
+        check_between(-math.inf, math.inf, guidance=guidance)
         if not np.isfinite(guidance):
             raise InputError(f"guidance is {guidance}; it must be finite")
         if guidance != 1 and not self._is_conditional:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cvjax.checks import check_unit
+from cvjax.checks import check_channels, check_unit
 from cvjax.errors import InputError
 
 PyTree = Any
@@ -41,8 +41,8 @@ class Extractor:
       mean, std: the model sees (image - mean) / std, of images in [0, 1].
 
     Raises:
-      InputError: a name that is misleading, weights that are not all there, such as those of
-        torchvision's Inception for the FID, or what `initialize` raises.
+      InputError: a name that is misleading, a `std` of 0, weights that are not all there, such as
+        those of torchvision's Inception for the FID, or what `initialize` raises.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Extractor:
                 "features by what they are of"
             )
         blank = jnp.zeros((1, *self.image_shape))
+        check_channels({"image": blank}, mean=self.mean, std=self.std)
         variables = jax.jit(self.model.init)(jax.random.key(0), blank)
         state = {key: value for key, value in variables.items() if key != "params"}
         params, state, table = self.initialize({"model": variables["params"]}, state)

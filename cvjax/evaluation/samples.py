@@ -204,13 +204,16 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
     try:
         with np.load(path, allow_pickle=False) as saved:
             return Real(images, saved["features"], saved["probabilities"], labels)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)
     features, probabilities = extractor(images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
+    except OSError as error:
+        raise InputError(f"cache {str(cache)!r} cannot be written: {error.strerror}") from error
     try:
         with file:
             np.savez(file, features=features, probabilities=probabilities)

@@ -99,6 +99,8 @@ def test_inversion_and_back(process):
         noise = invert(exact(process), process, x, steps, **settings)
         return noise, unipc(exact(process), process, keys, (2,), steps, start=noise, **settings)
 
+    with pytest.raises(InputError, match="invert: x is int32; it must be floating"):
+        invert(exact(process), process, np.int32(x), 5)
     noise, back = jax.device_get(there_and_back(128))
     away = np.linalg.norm(back - x, axis=-1)
     assert np.median(away) < 2e-4 and np.quantile(away, 0.95) < 2e-2

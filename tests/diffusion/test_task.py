@@ -180,15 +180,23 @@ def test_guidance_without_class_dropout_is_one_line():
         task_of(Linear(), guidance=2.0, class_dropout=0.0)
     task, batch = task_of(Linear(), class_dropout=0.0), batch_of()
     params, _ = start(task, batch)
+    key = jax.random.key(0)
     with pytest.raises(InputError, match="guidance is inf; it must be finite"):
         task_of(Linear(), guidance=np.inf)
+    for wrong in ("2", None):
+        with pytest.raises(InputError, match=f"guidance is {wrong!r}; it must be a number"):
+            task_of(Linear(), guidance=wrong)
+    with pytest.raises(InputError, match="guidance is traced"):
+        jax.eval_shape(lambda w: task.sample(params, batch["label"], key, guidance=w), 2.0)
+    with pytest.raises(InputError, match=r"labels are \[1, 2\]; they must be \[b\]"):
+        task.sample(params, [[0, 1]], key)
     with pytest.raises(InputError, match="guidance is 2.0, but num_classes is 0"):
         task_of(Linear(), num_classes=0, guidance=2.0)
     with pytest.raises(InputError, match="guidance is 3.0"):
-        task.sample(params, batch["label"], jax.random.key(0), guidance=3.0)
+        task.sample(params, batch["label"], key, guidance=3.0)
     for label in (-1, CLASSES + 1):
         with pytest.raises(InputError, match=f"label is {label}, but num_classes is {CLASSES}"):
-            task.sample(params, np.array([0, label]), jax.random.key(0))
+            task.sample(params, np.array([0, label]), key)
 
 
 @pytest.mark.parametrize(

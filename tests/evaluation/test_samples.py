@@ -232,7 +232,7 @@ def flatten(tree, path=()):
     return {k: v for key, below in tree.items() for k, v in flatten(below, (*path, key)).items()}
 
 
-def test_what_cannot_be_is_said(extractor):
+def test_what_cannot_be_is_said(extractor, tmp_path):
     quality = SampleQuality(extractor, source(20), source(20, 1))
     images = all_of(source(20))
     with pytest.raises(InputError, match="values from 0 to 255"):
@@ -251,6 +251,11 @@ def test_what_cannot_be_is_said(extractor):
         message = f"there are {few} images; with neighbours=5 there must be at least 6"
         with pytest.raises(InputError, match=message):
             quality.score(images[:few])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cache .*file/cache' cannot be written"):
+        SampleQuality(extractor, source(20), source(20), tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match="std is 0; images are divided by it"):
+        Extractor("toy", Tiny(), functools.partial(seeded, seed=0), std=0)
     with pytest.raises(InputError, match=r"label, .* extractor 'toy', is 999"):
         quality.score(images, np.full(20, 999))
     with pytest.raises(InputError, match=r"labels are \[19\]; they must be \[20\]"):
