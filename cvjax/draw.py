@@ -72,6 +72,11 @@ def in_colour(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return xp.broadcast_to(images, (*images.shape[:-1], 3))
 
 
+def tiled(images: jax.Array | np.ndarray, columns: int) -> jax.Array | np.ndarray:
+    """`grid` of images of any number of channels: but for one or three of them `in_colour`."""
+    return grid(images if images.shape[-1] in (1, 3) else in_colour(images), columns)
+
+
 def boxes(
     image: ArrayLike, boxes: ArrayLike, labels: ArrayLike | None = None, width: int = 1
 ) -> np.ndarray:

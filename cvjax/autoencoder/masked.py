@@ -150,7 +150,7 @@ class MaskedAutoencoder:
         """Returns images, what is seen of them (the rest is grey), and what is told, in rows."""
         found = self.predict(params, model_state, batch, rng)
         rows = [x[:10] for x in (images_of(batch), found["seen"], found["reconstruction"])]
-        return {"reconstructions": draw.grid(jnp.concatenate(rows), len(rows[0]))}
+        return {"reconstructions": draw.tiled(jnp.concatenate(rows), len(rows[0]))}
 
     def split(
         self, rng: jax.Array, image: jax.Array, first: jax.Array | int = 0

@@ -138,10 +138,10 @@ class VAE:
         lines = jnp.where(one, values[:, None], location[0])
         walk = self.likelihood.mean(self.decode(params, lines.reshape(-1, self.latents)))
         return {
-            "reconstructions": draw.grid(jnp.concatenate([image, found]), len(image)),
-            "samples": draw.grid(self.sample(params, 100, jax.random.key(0)), 10),
-            "traversals": draw.grid(walk, 10),
-            "interpolations": draw.grid(
+            "reconstructions": draw.tiled(jnp.concatenate([image, found]), len(image)),
+            "samples": draw.tiled(self.sample(params, 100, jax.random.key(0)), 10),
+            "traversals": draw.tiled(walk, 10),
+            "interpolations": draw.tiled(
                 self.likelihood.mean(self.decode(params, between(location))), 10
             ),
         }
@@ -319,10 +319,10 @@ class Autoencoder:
         z = self.network.apply(variables, image[:10], method=Network.encode)
         walk = self.network.apply(variables, between(z), method=Network.decode_latents)
         return {
-            "reconstructions": draw.grid(
+            "reconstructions": draw.tiled(
                 jnp.clip(jnp.concatenate([row[:10] for row in rows]), 0.0, 1.0), len(z)
             ),
-            "interpolations": draw.grid(jnp.clip(walk, 0.0, 1.0), 10),
+            "interpolations": draw.tiled(jnp.clip(walk, 0.0, 1.0), 10),
         }
 
     def _seen(self, image: jax.Array, rng: jax.Array, first: jax.Array | int = 0) -> jax.Array:

@@ -19,7 +19,7 @@ class UpsamplingPSNR:
         self.rows: list[np.ndarray] = []
 
     def add(self, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
-        """Takes what an `Upsampler` predicts, and the true images."""
+        """Takes what a `SuperResolution` predicts, and the true images."""
         true = valid_rows(batch, "image")
         found = (np.asarray(outputs[name])[batch["valid"]] for name in ("sample", "bilinear"))
         self.rows.append(np.stack([psnr(one, true) for one in found]))

@@ -186,10 +186,13 @@ class Diffusion:
     def predict(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns a sample, float32 [b, h, w, c] in [0, 1], for each label, int32 [b], if told."""
-        _, label = self._clean(batch)
-        told = {"label": label} if self.num_classes else {}
-        return {"sample": self.sample(params, label, rng, first=first_row(batch)), **told}
+        """Returns a sample, float32 [b, h, w, c] in [0, 1], for each condition, and the labels.
+
+        These are for evaluators; where images are made without a condition, none are told.
+        """
+        _, condition = self._clean(batch)
+        told = {"label": batch["label"]} if self._is_conditional and "label" in batch else {}
+        return {"sample": self.sample(params, condition, rng, first=first_row(batch)), **told}
 
     def visualize(
         self, params: Params, model_state: PyTree, batch: Batch, rng: jax.Array
@@ -200,7 +203,7 @@ class Diffusion:
         """
         columns = min(self.num_classes or 10, 10)
         label = jnp.tile(jnp.arange(columns), 10)
-        return {"samples": draw.grid(self.sample(params, label, jax.random.key(0)), columns)}
+        return {"samples": draw.tiled(self.sample(params, label, jax.random.key(0)), columns)}
 
     def sample(
         self,
@@ -223,12 +226,7 @@ class Diffusion:
 
         Raises InputError for settings that do not fit and, outside of jit, for no such label.
         """
-        if self.num_classes:
-            condition = jnp.asarray(condition)
-            if condition.ndim != 1:
-                raise InputError(f"labels are {list(condition.shape)}; they must be [b]")
-            if not isinstance(condition, jax.core.Tracer):
-                check_labels(np.asarray(condition), self.num_classes, ignored=self.num_classes)
+        condition = self._checked(condition)
         steps = self.sample_steps if steps is None else steps
         keys = example_keys(rng, len(jax.tree.leaves(condition)[0]), first)
         denoise = self.denoiser(params, condition, guidance)
@@ -287,6 +285,17 @@ class Diffusion:
         # Without classes a batch needs no labels.
         label = jnp.where(valid, batch["label"] if self.num_classes else 0, self.num_classes)
         return image, label.astype(jnp.int32)
+
+    def _checked(self, condition: PyTree) -> PyTree:
+        """The condition that `sample` is given, as arrays; InputError for one that is none."""
+        if not self.num_classes:
+            return condition
+        label = jnp.asarray(condition)
+        if label.ndim != 1:
+            raise InputError(f"labels are {list(label.shape)}; they must be [b]")
+        if not isinstance(label, jax.core.Tracer):
+            check_labels(np.asarray(label), self.num_classes, ignored=self.num_classes)
+        return label
 
     def _null(self, condition: PyTree) -> PyTree:
         """The condition that says nothing."""

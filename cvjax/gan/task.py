@@ -205,7 +205,7 @@ class GAN:
         """
         columns = min(self.num_classes or 10, 10)
         label = jnp.tile(jnp.arange(columns), 10)
-        return {"samples": draw.grid(self.sample(params, label, jax.random.key(0)), columns)}
+        return {"samples": draw.tiled(self.sample(params, label, jax.random.key(0)), columns)}
 
     def sample(
         self, params: Params, labels: jax.Array, rng: jax.Array, first: int = 0

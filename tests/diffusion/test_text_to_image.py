@@ -180,7 +180,7 @@ def test_the_upsampler_predicts_beside_the_bilinear_image():
     expected = resize((condition["low"] + 1) / 2)
     np.testing.assert_allclose(outputs["bilinear"], expected, atol=1e-6)
     null = task._null(condition)
-    assert not np.any(null["tokens"]) and null["low"] is condition["low"]
+    assert not np.any(null["asked"]) and null["low"] is condition["low"]
 
 
 def test_psnr_by_hand():
