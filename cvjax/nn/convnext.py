@@ -15,6 +15,7 @@ from cvjax.checks import check_at_least, check_choices, check_fractions
 from cvjax.errors import InputError
 from cvjax.nn.convolution import convolution, pad_to_multiple, patchify
 from cvjax.nn.dense import Dense
+from cvjax.nn.gelu import gelu
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (blocks, channels) of each stage.
@@ -53,7 +54,7 @@ class Block(nn.Module):
             name="depthwise_conv",
         )(x)  # fmt: skip
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(y)
-        y = nn.gelu(dense(4 * channels, name="hidden")(y), approximate=False)
+        y = gelu(dense(4 * channels, name="hidden")(y))
         y = dense(channels, name="output")(y)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)

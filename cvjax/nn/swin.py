@@ -17,6 +17,7 @@ from cvjax.errors import InputError
 from cvjax.nn.attention import attend
 from cvjax.nn.convolution import pad_to_multiple, patchify
 from cvjax.nn.dense import Dense
+from cvjax.nn.gelu import gelu
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (channels of the first stage, blocks of each stage, heads of each stage).
@@ -147,7 +148,7 @@ class Block(nn.Module):
         y = jnp.roll(_join(y, height, width), shifts, (1, 2))[:, : x.shape[1], : x.shape[2]]
         x = x + drop_branch(drop(y), self.drop_rate, train)
         y = dense(4 * channels, name="hidden")(norm(name="norm2")(x))
-        y = dense(channels, name="output")(drop(nn.gelu(y, approximate=False)))
+        y = dense(channels, name="output")(drop(gelu(y)))
         return x + drop_branch(drop(y), self.drop_rate, train)
 
 

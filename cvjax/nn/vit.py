@@ -22,6 +22,7 @@ from cvjax.nn.attention import SelfAttention
 from cvjax.nn.bicubic import resize_bicubic
 from cvjax.nn.convolution import pad_to_multiple, patchify
 from cvjax.nn.dense import Dense
+from cvjax.nn.gelu import gelu
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
 
 # Size: (channels, blocks, heads).
@@ -66,7 +67,7 @@ class Block(nn.Module):
         y = SelfAttention(self.heads, dtype=self.dtype, name="attention")(norm(name="norm1")(x))
         x = add(x, drop(y), "layer_scale1")
         y = dense(4 * channels, name="hidden")(norm(name="norm2")(x))
-        y = drop(nn.gelu(y, approximate=False))
+        y = drop(gelu(y))
         return add(x, drop(dense(channels, name="output")(y)), "layer_scale2")
 
 
