@@ -147,6 +147,8 @@ def fit(
     for name, value in dict(initialize=initialize, step=step).items():
         if value is not None and not callable(value):
             raise InputError(f"{name} is {value!r}; it must be a function")
+    if not isinstance(evaluators or {}, Mapping):
+        raise InputError(f"evaluators is {evaluators!r}; it must be a dictionary, by name")
     for name, one in (evaluators or {}).items():
         if not isinstance(one, Evaluator):
             raise InputError(f"evaluators.{name} is {one!r}; it must have add and result")

@@ -242,6 +242,11 @@ def test_the_last_evaluation_is_made_up_for(tmp_path):
         assert int(result.state.step) == 2 and [row["step"] for row in evaluated] == [2]
 
 
+def test_evaluators_have_names():
+    with pytest.raises(InputError, match=r"evaluators is \[1\]; it must be a dictionary"):
+        fit(Regression(), Linear(), steps=1, batch_size=8, evaluators=[1])
+
+
 def test_evaluators_give_numbers_and_need_held_out_data(caplog):
     class Text(Count):
         def result(self):
