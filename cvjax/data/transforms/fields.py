@@ -33,6 +33,8 @@ Fill = int | Sequence[int]  # a value, or one for each channel
 cv2.setNumThreads(0)
 
 _OPENCV = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_TO_CORNER = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # of its pixel, from the centre
+_FROM_CORNER = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -328,10 +330,9 @@ def warp(
     if not is_regular or abs(np.linalg.det(matrix / depth.mean())) <= 1e-12:
         raise InputError(f"the matrix {matrix.tolist()} does not map the image one to one")
     # OpenCV counts from the centre of the first pixel, and wants the way from new to old.
-    to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    inverse = np.linalg.inv(to_corner) @ np.linalg.inv(matrix) @ to_corner
+    inverse = _FROM_CORNER @ np.linalg.inv(matrix) @ _TO_CORNER
     inverse /= inverse[2, 2]
-    is_affine = np.allclose(inverse[2], [0, 0, 1], rtol=0, atol=1e-12)
+    is_affine = max(abs(inverse[2, 0]), abs(inverse[2, 1])) <= 1e-12
 
     def sample(array: np.ndarray, method: str, fill: Sequence[float]) -> np.ndarray:
         options = dict(
