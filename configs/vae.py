@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3800
+    config.steps = 3300
     config.batch_size = 64
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1900
+    config.evaluate_every = 1650
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
@@ -37,9 +37,9 @@ def get_config(tiny: bool = False) -> ConfigDict:
     )
     config.task = dict(
         type="autoencoder.task.VAE",
-        encoder=dict(type="autoencoder.model.Encoder", outputs=32, widths=(32, 64), hidden=256),
+        encoder=dict(type="autoencoder.model.Encoder", outputs=32, widths=(32, 32), hidden=256),
         decoder=dict(
-            type="autoencoder.model.Decoder", shape=(28, 28, 1), widths=(64, 32), hidden=256
+            type="autoencoder.model.Decoder", shape=(28, 28, 1), widths=(32, 32), hidden=256
         ),
         latents=16,
         likelihood=dict(type="autoencoder.likelihoods.Bernoulli"),
