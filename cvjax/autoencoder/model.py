@@ -6,6 +6,7 @@ import jax
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.fast_conv import fast_conv
+from cvjax.nn.silu import silu
 from cvjax.nn.space_to_depth import depth_to_space
 
 
@@ -26,8 +27,8 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns float [b, outputs], in training too: so that it serves as a classifier."""
         for width in self.widths:
-            x = nn.silu(nn.Conv(width, (4, 4), strides=2)(x))
-        x = nn.silu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
+            x = silu(nn.Conv(width, (4, 4), strides=2)(x))
+        x = silu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
         return nn.Dense(self.outputs)(x)
 
 
@@ -59,13 +60,13 @@ class Decoder(nn.Module):
                 f"Decoder: {height} x {width} images; {len(self.widths)} widths need multiples of "
                 f"{scale}"
             )
-        x = nn.silu(nn.Dense(self.hidden)(z))
-        x = nn.silu(nn.Dense(height // scale * (width // scale) * self.widths[0])(x))
+        x = silu(nn.Dense(self.hidden)(z))
+        x = silu(nn.Dense(height // scale * (width // scale) * self.widths[0])(x))
         x = x.reshape(len(z), height // scale, width // scale, self.widths[0])
         for size in (*self.widths[1:], None):
             x = nn.Conv(4 * (size or channels), (3, 3), conv_general_dilated=fast_conv)(x)
             x = depth_to_space(x, 2)
-            x = x if size is None else nn.silu(x)
+            x = x if size is None else silu(x)
         return x
 
 
@@ -85,9 +86,9 @@ class GridEncoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns float [b, h / 2^n, w / 2^n, channels], of any range."""
         for width in self.widths:
-            x = nn.silu(nn.Conv(width, (4, 4), strides=2)(x))
+            x = silu(nn.Conv(width, (4, 4), strides=2)(x))
         x = Residual()(x)
-        return nn.Conv(self.channels, (1, 1))(nn.silu(x))
+        return nn.Conv(self.channels, (1, 1))(silu(x))
 
 
 class GridDecoder(nn.Module):
@@ -105,9 +106,9 @@ class GridDecoder(nn.Module):
         """Returns float images, of any range."""
         x = Residual()(nn.Conv(self.widths[0], (3, 3))(z))
         for width in self.widths:
-            x = depth_to_space(nn.Conv(4 * width, (3, 3))(nn.silu(x)), 2)
+            x = depth_to_space(nn.Conv(4 * width, (3, 3))(silu(x)), 2)
         last = nn.Conv(self.channels, (3, 3), conv_general_dilated=fast_conv, name="last")
-        return last(nn.silu(x))
+        return last(silu(x))
 
 
 class Residual(nn.Module):
@@ -116,5 +117,5 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, c] to the same."""
-        y = nn.Conv(x.shape[-1], (3, 3))(nn.silu(x))
-        return x + nn.Conv(x.shape[-1], (1, 1))(nn.silu(y))
+        y = nn.Conv(x.shape[-1], (3, 3))(silu(x))
+        return x + nn.Conv(x.shape[-1], (1, 1))(silu(y))
