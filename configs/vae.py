@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 def get_config(tiny: bool = False) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3300
+    config.steps = 3600
     config.batch_size = 64
     config.parallel = "jit"
     config.log_every = 100
-    config.evaluate_every = 1650
+    config.evaluate_every = 1800
 
     config.data = dict(
         train=dict(type="data.sources.digits.Digits", split="train"),
