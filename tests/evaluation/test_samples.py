@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from cvjax.data.sources.arrays import Arrays
 from cvjax.errors import InputError
 from cvjax.evaluation import frechet_distance, nearest_distances
 from cvjax.evaluation.extractor import Extractor
-from cvjax.evaluation.samples import SampleQuality, real_features
+from cvjax.evaluation.samples import Real, SampleQuality, real_features
 from cvjax.nn.inception import InceptionV3
 from experiments.frechet import run as frechet
 
@@ -167,6 +168,11 @@ def test_scores_of_real_images_are_their_own_floor(extractor):
     assert found["FD-toy"] == pytest.approx(frechet_distance(real / scale, fake / scale), rel=1e-4)
     loops = [np.linalg.norm(all_of(train) / 255 - x, axis=(1, 2)).min() for x in images]
     assert found["nearest"] == pytest.approx(np.median(loops), rel=1e-5)
+    # Of the Inception network's classes no label says anything.
+    fid = copy.copy(quality)
+    fid.extractor = types.SimpleNamespace(is_fid=True, name="inception")
+    some = Real(images, *extractor(images), labels)
+    assert "agreement" in quality._compare(some) and "agreement" not in fid._compare(some)
     wrong = quality.score(images, 1 - labels)
     assert wrong["agreement"] == pytest.approx(1 - found["agreement"])
     assert wrong["agreement_real"] == found["agreement_real"]

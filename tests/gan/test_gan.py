@@ -479,6 +479,31 @@ def test_samples_have_statistics_of_their_own_parameters():
     np.testing.assert_allclose(sample(params, label, key), sample(larger, label, key), atol=2e-3)
 
 
+class Recorder(nn.Module):
+    """Keeps the classes of which the statistics are taken."""
+
+    @nn.compact
+    def __call__(self, z, label, *, train=False):
+        kept = self.variable("batch_stats", "label", lambda: label)
+        if train:
+            kept.value = label
+        image = jnp.broadcast_to(kept.value.max() / 100.0, (len(z), *SHAPE))
+        return image + nn.Dense(1)(z)[:, :, None, None] * 0
+
+
+@pytest.mark.parametrize("count, most", [(10, 36), (40, 39), (80, 39)])
+def test_statistics_are_of_all_classes_or_spread_over_them(count, most):
+    """Of 40 classes the first ten are not all."""
+    task = dataclasses.replace(
+        small(), generator=Recorder(), num_classes=40, statistics_batch=count,
+        discriminator=Discriminator((4, 4), 40, conditioning="projection"),
+    )  # fmt: skip
+    z = jnp.zeros((1, 5))
+    params = {"generator": task.generator.init(jax.random.key(0), z, jnp.zeros(1, int))["params"]}
+    image = jax.jit(task.sample)(params, np.zeros(2, int), jax.random.key(0))
+    np.testing.assert_allclose(image, most / 100, rtol=1e-6)
+
+
 class WithoutNorm(nn.Module):
     @nn.compact
     def __call__(self, z, label, *, train=False):
