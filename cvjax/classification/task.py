@@ -104,8 +104,7 @@ class Classification:
 
         The latter where the model says how many there are, by a field `num_classes`; then also for
         probabilities outside [0, 1] or, of classes that exclude each other, of another sum than 1
-        (but for rounding). Also for a `mean` or `std` that has another
-        length than the images have channels.
+        (but for rounding). Also for a `mean` or `std` of another length than images have channels.
         """
         if "label" not in batch:
             raise InputError(f"Classification needs a field label; there are: {', '.join(batch)}")

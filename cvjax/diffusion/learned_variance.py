@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from cvjax.checks import check_at_least
 from cvjax.diffusion import grids
-from cvjax.diffusion.losses import of_prediction
-from cvjax.diffusion.process import Process, combine, like, perturb, posterior, renewed, split
+from cvjax.diffusion.process import Process, like, perturb, posterior, renewed, split
 from cvjax.diffusion.samplers.integration import (
     Denoise,
     Shape,
@@ -180,10 +179,7 @@ class LearnedVariance(Diffusion):
         t, s = index / steps, (index - 1) / steps
         x = perturb(process, image, eps, t)
         prediction, v = jnp.split(self._predict(params, x, t, condition), 2, axis=-1)
-        target = combine(process, process.prediction, image, eps, t)
-        errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
-        if self.weighting is not None:
-            errors *= of_prediction(self.weighting, process, t)
+        errors = self._errors_of(prediction, image, t, eps)
         of_mean = jax.lax.stop_gradient(prediction) if self.simple_weight else prediction
         bound = variational_bound(process, of_mean, (v + 1) / 2, image, x, t, s)
         return self.simple_weight * errors + self.bound_weight * steps * bound

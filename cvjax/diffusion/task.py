@@ -257,13 +257,18 @@ class Diffusion:
         eps: jax.Array,
     ) -> jax.Array:
         """Weighted squared errors at times t [b], mean over pixels, [b]."""
-        process = self.process
-        prediction = self._predict(params, perturb(process, image, eps, t), t, condition)
-        target = combine(process, process.prediction, image, eps, t)
+        prediction = self._predict(params, perturb(self.process, image, eps, t), t, condition)
+        return self._errors_of(prediction, image, t, eps)
+
+    def _errors_of(
+        self, prediction: jax.Array, image: jax.Array, t: jax.Array, eps: jax.Array
+    ) -> jax.Array:
+        """The same of what was predicted."""
+        target = combine(self.process, self.process.prediction, image, eps, t)
         errors = jnp.mean((prediction - target) ** 2, axis=range(1, image.ndim))
         if self.weighting is None:
             return errors
-        return of_prediction(self.weighting, process, t) * errors
+        return of_prediction(self.weighting, self.process, t) * errors
 
     def _times(self, valid: jax.Array, offset: jax.Array | float) -> jax.Array:
         """Stratified over the valid rows: were it over all, those of a padded batch, which come

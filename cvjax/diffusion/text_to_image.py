@@ -116,4 +116,4 @@ class TextToImage(Diffusion):
 class Upsampler(SuperResolution, TextToImage):
     """Large images for small ones and their captions: `SuperResolution` of `TextToImage`."""
 
-    num_classes: int = 0
+    num_classes: int = 0  # of the two, SuperResolution's default would come first

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cvjax import files
 from cvjax.checks import check_count, check_labels
 from cvjax.errors import InputError
 from cvjax.evaluation.distances import (
@@ -211,14 +211,12 @@ def real_features(extractor: Extractor, source: Any, cache: str | os.PathLike | 
     features, probabilities = extractor(images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
     except OSError as error:
-        raise InputError(f"cache {str(cache)!r} cannot be written: {error.strerror}") from error
-    try:
-        with file:
+        raise InputError(f"cache {str(cache)!r} cannot be made: {error.strerror}") from error
+
+    def write(new: Path) -> None:
+        with new.open("wb") as file:
             np.savez(file, features=features, probabilities=probabilities)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
+
+    files.replace(path, write)
     return Real(images, features, probabilities, labels)

@@ -110,11 +110,20 @@ def counted(mask: jax.Array, ignore: int = IGNORE) -> jax.Array:
     return mask != ignore
 
 
+def check_shapes(logits: jax.Array, mask: jax.Array) -> None:
+    """Raises InputError unless a mask is [b, h, w] where logits are [b, h, w, classes]."""
+    if logits.shape[:-1] != mask.shape:
+        raise InputError(
+            f"the mask is {list(mask.shape)}; for logits {list(logits.shape)} it must be "
+            f"{list(logits.shape[:-1])}"
+        )
+
+
 def _log_p_of_truth(
     logits: jax.Array, mask: jax.Array, ignore: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log p_t (0 where a pixel does not count), the label (0 there too), and which count."""
-    _check_shapes(logits, mask)
+    check_shapes(logits, mask)
     counts = counted(mask, ignore)
     label = jnp.where(counts, mask, 0).astype(jnp.int32)
     log_p = jax.nn.log_softmax(_where_counted(logits, counts))
@@ -126,7 +135,7 @@ def _probabilities(
     logits: jax.Array, mask: jax.Array, ignore: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """p and t, float32 [n, k], t all zeros where a pixel does not count; which count, bool [n]."""
-    _check_shapes(logits, mask)
+    check_shapes(logits, mask)
     classes, mask = logits.shape[-1], mask.reshape(-1)
     counts = counted(mask, ignore)
     p = jax.nn.softmax(_where_counted(logits.reshape(-1, classes), counts))
@@ -142,14 +151,6 @@ def _where_counted(logits: jax.Array, counts: jax.Array) -> jax.Array:
 def _weights(class_weights: Sequence[float], logits: jax.Array) -> jax.Array:
     check_weights(logits.shape[-1], class_weights=class_weights)
     return jnp.asarray(class_weights, jnp.float32)
-
-
-def _check_shapes(logits: jax.Array, mask: jax.Array) -> None:
-    if logits.shape[:-1] != mask.shape:
-        raise InputError(
-            f"the mask is {list(mask.shape)}; for logits {list(logits.shape)} it must be "
-            f"{list(logits.shape[:-1])}"
-        )
 
 
 def _mean_of(losses: jax.Array, present: jax.Array) -> jax.Array:

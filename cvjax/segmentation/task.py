@@ -13,7 +13,7 @@ from cvjax import draw
 from cvjax.checks import check_between, check_channels, check_labels, valid_rows
 from cvjax.errors import InputError, nearest
 from cvjax.nn.train_pass import train_pass
-from cvjax.segmentation.losses import IGNORE, counted, cross_entropy
+from cvjax.segmentation.losses import IGNORE, check_shapes, counted, cross_entropy
 from cvjax.train.state import Params, PyTree, TrainState
 from cvjax.train.task import Batch, Metrics, Objective, mean
 
@@ -213,9 +213,5 @@ def check_masks(batch: Batch, module: object) -> None:
 def _truth(logits: jax.Array, batch: Batch) -> jax.Array:
     """The mask, int32, without the rows that are not valid."""
     mask = jnp.asarray(batch["mask"]).astype(jnp.int32)
-    if mask.shape != logits.shape[:3]:
-        raise InputError(
-            f"mask is {list(mask.shape)}; for logits {list(logits.shape)} it must be "
-            f"{list(logits.shape[:3])}, a class for each pixel"
-        )
+    check_shapes(logits, mask)  # another would be broadcast
     return jnp.where(jnp.asarray(batch["valid"])[:, None, None], mask, IGNORE)

@@ -23,6 +23,7 @@ from cvjax.train import sharding
 from cvjax.train.noop import NoOp
 from cvjax.train.optimizer import optimizers_by_group
 from cvjax.train.step import initial_state, make_train_step
+from experiments.recipes import fitted
 
 ROOT, STEPS, ROUNDS = Path(__file__).parents[2], 60, 5
 
@@ -53,7 +54,7 @@ def main() -> None:
         jax.block_until_ready(state)
         return (time.perf_counter() - began) / STEPS
 
-    def fitted() -> float:
+    def whole() -> float:
         result = fitted(
             task, source, steps=STEPS + 1, batch_size=batch_size, optimizer=optimizer, ema=ema,
             log_every=1, 
@@ -61,7 +62,7 @@ def main() -> None:
         rates = [row["steps_per_second"] for row in result.history if row["step"] > 1]
         return sum(1 / rate for rate in rates) / len(rates)
 
-    rows = [(bare(), fitted()) for _ in range(ROUNDS)]
+    rows = [(bare(), whole()) for _ in range(ROUNDS)]
     for one, two in rows:
         print(f"bare {1000 * one:.1f} ms  fit {1000 * two:.1f} ms  ratio {two / one:.3f}")
     one, two = (statistics.median(column) for column in zip(*rows, strict=True))
