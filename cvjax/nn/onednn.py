@@ -9,6 +9,7 @@ program is made from `lax.conv_general_dilated`; gradients are convolutions, too
 import json
 import platform
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import mlir
@@ -26,6 +28,8 @@ from cvjax.errors import InputError
 VERSIONS = ("0.10.", "0.12.")
 _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
 _MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 _in_use = False
 
@@ -49,10 +53,10 @@ def why_not() -> str | None:
 def use_onednn() -> None:
     """From now on this process gives convolutions on a CPU to oneDNN; to be called before all else.
 
-    Those of images in float32, in both modes of differentiation, in programs for one device or, by
-    `shard_map`, for one each; all others stay XLA's: groups, gradients of strided ones for their
-    input, fewer than four features, other types, programs that XLA divides between devices. Results
-    differ from XLA's by roundings.
+    Those of images in float32, with one group or depthwise, in both modes of differentiation, in
+    programs for one device or, by `shard_map`, for one each; all others stay XLA's: other groups,
+    gradients for the input of those with strides, fewer than four features, other types,
+    programs that XLA divides between devices. Results differ from XLA's by roundings.
 
     XLA cannot keep such programs: JAX's compilation cache is turned off, and each start compiles.
 
@@ -68,10 +72,11 @@ def use_onednn() -> None:
     own = partial(_conv_general_dilated_lower, expand_complex_convolutions=True)
 
     def lower(context: mlir.LoweringRuleContext, x: Any, kernel: Any, **options: Any) -> Any:
-        if not _is_for_onednn(context, **options):
+        form = _form(context, **options)
+        if form is None:
             return own(context, x, kernel, **options)
-        convolve = partial(_convolve, shape=context.avals_out[0].shape, **options)
-        return mlir.lower_fun(convolve, multiple_results=False)(context, x, kernel)
+        form = partial(form, shape=context.avals_out[0].shape, **options)
+        return mlir.lower_fun(form, multiple_results=False)(context, x, kernel)
 
     mlir.register_lowering(conv_general_dilated_p, lower, platform="cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -79,32 +84,66 @@ def use_onednn() -> None:
     compilation_cache.reset_cache()  # it asks once, with its first program
 
 
-def _is_for_onednn(
+def _form(
     context: mlir.LoweringRuleContext,
     *,
-    padding: tuple[tuple[int, int], ...],
     lhs_dilation: tuple[int, ...],
     dimension_numbers: Any,
     feature_group_count: int,
     batch_group_count: int,
     **_: Any,
-) -> bool:
+) -> Callable[..., jax.Array] | None:
+    """How a convolution is given to oneDNN; None for those that stay XLA's."""
     (x, kernel), (out,) = context.avals_in, context.avals_out
     devices = context.module_context.axis_context
     if isinstance(devices, mlir.SPMDAxisContext):
         is_one_device = devices.manual_axes == frozenset(devices.mesh.axis_names)
     else:
         is_one_device = getattr(devices, "num_devices", None) == 1
-    return (
-        is_one_device
-        and x.ndim == 4
-        and x.dtype == kernel.dtype == out.dtype == jnp.float32
-        and min(x.size, kernel.size, out.size) > 0
-        and feature_group_count == batch_group_count == 1
-        and set(lhs_dilation) == {1}
-        and min(pad for pads in padding for pad in pads) >= 0
-        and out.shape[dimension_numbers.out_spec[1]] >= _FEW_FEATURES
-    )
+    are_images = is_one_device and x.ndim == 4 and min(x.size, kernel.size, out.size) > 0
+    if not are_images or not x.dtype == kernel.dtype == out.dtype == jnp.float32:
+        return None
+    of_out, of_in, *_ = dimension_numbers.rhs_spec
+    features = kernel.shape[of_out]
+    if batch_group_count > 1:
+        of_batch = x.shape[dimension_numbers.lhs_spec[0]] // batch_group_count
+        is_for_each = min(of_batch, features // batch_group_count) == 1
+        return _of_each_kernel if is_for_each else None
+    is_depthwise = feature_group_count > 1 and kernel.shape[of_in] == 1
+    is_whole = feature_group_count == 1 and features >= _FEW_FEATURES and {*lhs_dilation} == {1}
+    return _convolve if is_depthwise or is_whole else None
+
+
+def _of_each_kernel(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    window_strides: tuple[int, int],
+    padding: Padding,
+    lhs_dilation: tuple[int, int],
+    rhs_dilation: tuple[int, int],
+    dimension_numbers: Any,
+    batch_group_count: int,
+    **_: Any,
+) -> jax.Array:
+    """So JAX lays out the gradient of a depthwise kernel: the channels are the batch, in groups.
+
+    Each channel of each image is convolved by itself, and the images are summed.
+    """
+    (batch, feature, *space), (of_out, of_in, *of_kernel), out_spec = dimension_numbers
+    # [n, h, w, images, groups] and [height, width, 1, images, features].
+    x = x.transpose(batch, *space, feature)
+    x = jnp.moveaxis(x.reshape(batch_group_count, -1, *x.shape[1:]), 0, -1)
+    kernel = kernel.transpose(*of_kernel, of_in, of_out)[:, :, None]
+    *_, images, features = kernel.shape
+    x = jnp.repeat(x, features // batch_group_count, axis=-1)
+    y = lax.conv_general_dilated(
+        x.reshape(*x.shape[:3], -1), kernel.reshape(*kernel.shape[:3], -1), window_strides,
+        padding, lhs_dilation, rhs_dilation, ("NHWC", "HWIO", "NHWC"),
+        feature_group_count=images * features,
+    )  # fmt: skip
+    y = y.reshape(*y.shape[:3], images, features).sum(axis=3)
+    return y.transpose(_from_nhwc(out_spec))
 
 
 def _convolve(
@@ -113,19 +152,29 @@ def _convolve(
     *,
     shape: tuple[int, ...],
     window_strides: tuple[int, int],
-    padding: tuple[tuple[int, int], ...],
+    padding: Padding,
+    lhs_dilation: tuple[int, int],
     rhs_dilation: tuple[int, int],
     dimension_numbers: Any,
+    feature_group_count: int,
     **_: Any,
 ) -> jax.Array:
     # Layouts are (batch, feature, height, width), of a kernel (output, input, height, width). For
     # images with another last axis than the features oneDNN is 500 times slower.
     (batch, feature, *space), (of_out, of_in, *of_kernel) = dimension_numbers[:2]
     out_batch, out_feature, *out_space = dimension_numbers.out_spec
+    if {*lhs_dilation} != {1} or min(map(min, padding)) < 0:  # oneDNN neither spreads nor crops
+        spread = [(0, 0, 0)] * 4
+        for axis, pads, step in zip(space, padding, lhs_dilation, strict=True):
+            spread[axis] = (*pads, step - 1)
+        x, padding = lax.pad(x, jnp.float32(0), spread), ((0, 0), (0, 0))
+    if feature_group_count > 1:  # a depthwise one may have several features for a channel
+        x = jnp.repeat(x, kernel.shape[of_out] // feature_group_count, axis=feature)
+        feature_group_count = kernel.shape[of_out]
     window = [*zip(of_kernel, padding, window_strides, rhs_dilation, strict=True)]
     axes, out_axes = (batch, *space, feature), (out_batch, *out_space, out_feature)
     images = x.transpose(axes)
-    if batch > feature and x.shape[batch] >= _MANY_CHANNELS:
+    if feature_group_count == 1 and batch > feature and x.shape[batch] >= _MANY_CHANNELS:
         # So JAX lays out the gradient of a kernel: few pixels, each a sum over many. With what is
         # the batch here (the channels that the kernel was for) as a third axis of space it takes
         # half of the time.
@@ -152,7 +201,7 @@ def _convolve(
             "strides": strides,
             "window_dilations": dilations,
         },
-        "feature_groups": 1,
+        "feature_groups": feature_group_count,
     }
     out = [shape[axis] for axis in out_axes]
     call = jax.ffi.ffi_call(
@@ -162,3 +211,8 @@ def _convolve(
         legacy_backend_config=json.dumps({"onednn_conv_config": convolution}),
     )
     return call(images, kernel).reshape(out).transpose(np.argsort(out_axes))
+
+
+def _from_nhwc(spec: tuple[int, int, int, int]) -> list[int]:
+    """The transposition of [b, h, w, c] to a layout of (batch, feature, height, width)."""
+    return [(0, 3, 1, 2)[spec.index(axis)] for axis in range(4)]

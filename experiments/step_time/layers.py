@@ -2,9 +2,9 @@
 
     pip install torch && python experiments/step_time/layers.py
 
-In the environment of `main.py`, oneDNN's as by its flag `--onednn`. 3 x 3, stride 1, float32. The
-sides take turns in one process; milliseconds, the median of ten blocks of 50 ms or more: forward /
-forward and both gradients. Prints the table as Markdown.
+In the environment of `main.py`, oneDNN's as by its flag `--onednn`; float32. First 3 x 3 ones of
+stride 1, then depthwise ones. The sides take turns in one process; milliseconds, the median of ten
+blocks of 50 ms or more: forward / forward and both gradients. Prints two tables as Markdown.
 """
 
 import sys
@@ -29,12 +29,19 @@ import numpy as np
 import torch
 
 from cvjax.nn import fast_conv
+from cvjax.nn.depthwise import depthwise_conv
 from cvjax.nn.onednn import use_onednn
 
+BREAK = 0.05  # seconds before a block, while PyTorch's threads still wait for more by spinning
 PADDING = ((1, 1), (1, 1))
 SHAPES = (  # batch, side, channels
     (64, 28, 32), (8, 32, 64), (64, 14, 64), (32, 16, 64), (8, 28, 128), (64, 7, 64), (32, 8, 128),
     (32, 4, 256), (8, 4, 512), (32, 2, 512),
+)  # fmt: skip
+DEPTHWISE = (  # batch, side, channels, side of the kernel, stride: of ConvNeXt-T and EfficientNet
+    (8, 32, 96, 7, 1), (8, 16, 192, 7, 1), (8, 8, 384, 7, 1), (8, 4, 768, 7, 1), (8, 56, 144, 3, 1),
+    (8, 56, 144, 5, 2), (8, 28, 240, 5, 1), (8, 14, 480, 3, 1), (8, 14, 672, 5, 2),
+    (8, 7, 1152, 5, 1),
 )  # fmt: skip
 
 
@@ -54,13 +61,15 @@ def jax_steps(convolve: Callable, x: np.ndarray, kernel: np.ndarray) -> tuple[Ca
     return tuple(partial(step, program) for program in programs)
 
 
-def torch_steps(x: np.ndarray, kernel: np.ndarray) -> tuple[Callable, Callable]:
+def torch_steps(x: np.ndarray, kernel: np.ndarray, stride: int = 1) -> tuple[Callable, Callable]:
     """The same in PyTorch, channels last."""
     image = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
     weight = torch.tensor(kernel.transpose(3, 2, 0, 1))
     weight = weight.contiguous(memory_format=torch.channels_last)
+    options = {"padding": len(kernel) // 2, "stride": stride}
+    options["groups"] = image.shape[1] // weight.shape[1]
     given = [value.requires_grad_() for value in (image, weight)]
-    convolve = partial(torch.nn.functional.conv2d, image, weight, padding=1)
+    convolve = partial(torch.nn.functional.conv2d, image, weight, **options)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -83,6 +92,7 @@ def milliseconds(steps: list[Callable]) -> list[float]:
         counts.append(1 + int(0.05 / (time.perf_counter() - began)))
     for _ in range(10):
         for step, count, found in zip(steps, counts, times, strict=True):
+            time.sleep(BREAK)
             began = time.perf_counter()
             for _ in range(count):
                 step()
@@ -96,33 +106,56 @@ def own(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), PADDING, dimension_numbers=dimensions)
 
 
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """As `cvjax.nn.convolution` has it."""
+    pad = len(kernel) // 2
+    return depthwise_conv(x, kernel, (stride, stride), ((pad, pad), (pad, pad)))
+
+
+def arrays(batch: int, side: int, channels: int, *of_kernel: int) -> tuple[np.ndarray, np.ndarray]:
+    """A map and a kernel [height, width, channels in, channels]."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, side, side, channels), np.float32)
+    return x, rng.standard_normal((*of_kernel, channels), np.float32) / 100
+
+
+def cells(pairs: list[tuple[Callable, Callable]]) -> list[str]:
+    """What each takes."""
+    times = milliseconds([step for pair in pairs for step in pair])
+    return [f"{a:.1f} / {b:.1f}" for a, b in zip(times[::2], times[1::2], strict=True)]
+
+
 def main() -> None:
-    """Prints a row for each shape; what `fast_conv` chooses without oneDNN is bold."""
-    arrays = {}
-    for batch, side, channels in SHAPES:
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((batch, side, side, channels), np.float32)
-        kernel = rng.standard_normal((3, 3, channels, channels), np.float32) / 100
-        arrays[batch, side, channels] = x, kernel
+    """Prints the rows; what `fast_conv` chooses without oneDNN is bold."""
+    whole = {shape: arrays(*shape, 3, 3, shape[-1]) for shape in SHAPES}
+    of_each = {shape: arrays(*shape[:3], shape[3], shape[3], 1) for shape in DEPTHWISE}
     gathered = partial(fast_conv._gathered, strides=(1, 1), padding=PADDING)
     without = {
         shape: [jax_steps(convolve, *given) for convolve in (own, gathered)]
-        for shape, given in arrays.items()
+        for shape, given in whole.items()
     }
     chosen = {
         shape: int(fast_conv._is_gathered(*map(jnp.asarray, given), (1, 1), PADDING))
-        for shape, given in arrays.items()
+        for shape, given in whole.items()
     }
+    for shape, given in of_each.items():
+        without[shape] = [jax_steps(partial(depthwise, stride=shape[-1]), *given)]
     use_onednn()  # for what is compiled from here on
     print("| batch, map, channels | XLA | gathered | oneDNN | PyTorch |\n|---|---|---|---|---|")
-    for (batch, side, channels), (x, kernel) in arrays.items():
-        by_onednn = jax_steps(lambda x, kernel: own(x, kernel), x, kernel)
-        pairs = [*without[batch, side, channels], by_onednn, torch_steps(x, kernel)]
-        times = milliseconds([step for pair in pairs for step in pair])
-        cells = [f"{a:.1f} / {b:.1f}" for a, b in zip(times[::2], times[1::2], strict=True)]
-        best = chosen[batch, side, channels]
-        cells[best] = f"**{cells[best]}**"
-        print(f"| {batch}, {side} x {side}, {channels} | {' | '.join(cells)} |", flush=True)
+    for shape, given in whole.items():
+        by_onednn = jax_steps(lambda x, kernel: own(x, kernel), *given)
+        row = cells([*without[shape], by_onednn, torch_steps(*given)])
+        row[chosen[shape]] = f"**{row[chosen[shape]]}**"
+        batch, side, channels = shape
+        print(f"| {batch}, {side} x {side}, {channels} | {' | '.join(row)} |", flush=True)
+    print("\n| batch, map, channels | kernel | shifted | oneDNN | PyTorch |\n|---|---|---|---|---|")
+    for shape, given in of_each.items():
+        batch, side, channels, of_kernel, stride = shape
+        by_onednn = jax_steps(partial(depthwise, stride=stride), *given)
+        row = cells([*without[shape], by_onednn, torch_steps(*given, stride)])
+        kernel = f"{of_kernel} x {of_kernel}" + (f", stride {stride}" if stride > 1 else "")
+        row = [f"{batch}, {side} x {side}, {channels}", kernel, *row]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

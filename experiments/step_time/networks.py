@@ -65,6 +65,10 @@ NETWORKS = {
     "ConvNeXt-T, 8 x 128": Network(
         _ours("convnext", "ConvNeXt", num_classes=10), _timm("convnext_tiny"), 8, 128
     ),
+    "EfficientNet-lite0, 8 x 128": Network(
+        _ours("efficientnet", "EfficientNet", size="lite0", num_classes=10),
+        _timm("efficientnet_lite0"), 8, 128,
+    ),
     "ViT-S/16, 8 x 224": Network(
         _ours("vit", "ViT", size="s", num_classes=10), _timm("vit_small_patch16_224"), 8, 224
     ),

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import main
 from cvjax.errors import InputError
 from cvjax.nn import fast_conv, onednn
+from cvjax.nn.depthwise import depthwise_conv
 from cvjax.train.sharding import data_mesh
 from tests.children import environment
 from tests.nn.test_fast_conv import derivatives, measured
@@ -69,6 +70,29 @@ CASES = {
     "channels first": (
         (2, 4, 6, 5), (8, 4, 3, 3), dict(padding="SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
     ),
+    "cropping": ((2, 6, 6, 6), (3, 3, 6, 8), dict(padding=((-1, 0), (2, -2)))),
+    "strided, a row too many": (
+        (2, 9, 9, 9), (2, 3, 9, 8), dict(window_strides=(2, 3), padding="VALID")
+    ),
+    "depthwise": ((2, 9, 8, 16), (7, 7, 1, 16), dict(padding="SAME")),
+    "depthwise, strided": (
+        (3, 9, 8, 3), (3, 3, 1, 3), dict(window_strides=(2, 2), padding=((1, 1), (1, 1)))
+    ),
+    "depthwise, strided, a row too many": (
+        (3, 9, 10, 12), (2, 3, 1, 12), dict(window_strides=(2, 4), padding="VALID")
+    ),
+    "several features for each channel": (
+        (2, 5, 6, 4), (3, 3, 1, 12), dict(feature_group_count=4, padding="SAME")
+    ),
+    "depthwise, dilated": ((2, 9, 8, 6), (3, 3, 1, 6), dict(rhs_dilation=(3, 2), padding="SAME")),
+    "depthwise, stretched": (
+        (2, 4, 5, 8), (3, 4, 1, 8), dict(lhs_dilation=(2, 3), padding=((1, 2), (0, 3)))
+    ),
+    "depthwise, cropping": ((2, 6, 7, 8), (3, 3, 1, 8), dict(padding=((-1, 0), (1, -2)))),
+    "depthwise, smaller than the kernel": ((2, 2, 3, 8), (5, 5, 1, 8), dict(padding="SAME")),
+    "depthwise, one image, channels first": (
+        (1, 8, 4, 6), (8, 1, 3, 3), dict(padding="SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    ),
     "layouts of all kinds": (
         (6, 2, 5, 4), (4, 3, 8, 3),
         dict(padding="SAME", dimension_numbers=("HNWC", "IHOW", "CWHN")),
@@ -80,6 +104,8 @@ def arrays(name, seed=0):
     x, kernel, options = CASES[name]
     rng = np.random.default_rng(seed)
     options = {"window_strides": (1, 1), "dimension_numbers": NHWC, **options}
+    if name.startswith("depthwise"):
+        options["feature_group_count"] = x[options["dimension_numbers"][0].index("C")]
     convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, **options)  # noqa: E731
     x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in (x, kernel))
     return x, kernel, convolve
@@ -96,6 +122,8 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name, by_onednn):
     dy = dy.astype(np.float32)
     ours = program(partial(measured, convolve), x, kernel, dy)
     assert CALL in ours.as_text()
+    if name.startswith("depthwise"):  # both gradients, too
+        assert " convolution(" not in ours.as_text()
     leave()
     own = program(partial(measured, convolve), x, kernel, dy)
     assert CALL not in own.as_text()
@@ -110,12 +138,13 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name, by_onednn):
         assert np.abs(mine - truth).max() <= bound
 
 
-def test_second_derivatives_forward_mode_vmap_and_loops(by_onednn):
-    x, kernel, convolve = arrays("usual")
-    dx, dkernel, _ = arrays("usual", seed=1)
+@pytest.mark.parametrize("name", ["usual", "depthwise"])
+def test_second_derivatives_forward_mode_vmap_and_loops(name, by_onednn):
+    x, kernel, convolve = arrays(name)
+    dx, dkernel, _ = arrays(name, seed=1)
 
     def all_of(x, kernel, dx, dkernel):
-        square = kernel[:, :, :, :8]
+        square = kernel[:, :, :, : x.shape[-1]]
         loop = lambda x, _: (jnp.tanh(convolve(x, square)), None)  # noqa: E731
         kept = jax.checkpoint(lambda x: jnp.sum(convolve(x, kernel) ** 2))
         return (
@@ -137,7 +166,6 @@ OTHERS = {
     "groups": ((2, 4, 4, 6), (3, 3, 3, 8), dict(feature_group_count=2)),
     "batch groups": ((4, 4, 4, 6), (3, 3, 6, 8), dict(batch_group_count=2)),
     "stretched": ((2, 4, 4, 6), (3, 3, 6, 8), dict(lhs_dilation=(2, 2))),
-    "cropping": ((2, 6, 6, 6), (3, 3, 6, 8), dict(padding=((-1, 0), (0, 0)))),
     "few features": ((2, 4, 4, 6), (3, 3, 6, 3), {}),
     "no images": ((0, 4, 4, 6), (3, 3, 6, 8), {}),
     "no channels": ((2, 4, 4, 0), (3, 3, 0, 8), {}),
@@ -210,6 +238,28 @@ def test_small_maps_are_gathered_where_onednn_does_not_come(by_onednn, monkeypat
     assert gathered(strides=(2, 2)) and gathered(kernel=kernel[:1, :1])
     leave()
     assert gathered()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_depthwise_convolutions_have_their_own_form_only_where_onednn_does_not_come(
+    dtype, by_onednn, monkeypatch
+):
+    x, kernel, _ = arrays("depthwise")
+    given = x.astype(dtype), kernel.astype(dtype)
+
+    def gradients(x, kernel):
+        return jax.vjp(lambda *given: depthwise_conv(*given, (2, 2), "SAME"), x, kernel)[1](
+            jnp.ones((2, 5, 4, 16), dtype)
+        )
+
+    shifted = program(gradients, *given)
+    assert CALL not in shifted.as_text()  # eight devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    chosen = program(gradients, *given)
+    assert (CALL in chosen.as_text()) == (dtype == np.float32)
+    # Sums of up to 49 products of order one, in another order.
+    for mine, theirs in zip(chosen(*given), shifted(*given), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
 
 
 def test_programs_are_not_kept(by_onednn, tmp_path):
