@@ -169,9 +169,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     are not part of the names.
 
     Args:
-      path: a file `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` as `torch.save` writes it (the
-        weights themselves, or under "state_dict", "model", ...); "package:file" is a file that an
-        installed package has in its folder.
+      path: a file `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin`, `.ckpt`, `.pth.tar` as
+        `torch.save` writes it (the weights themselves, or under "state_dict", "model", ...);
+        "package:file" is a file that an installed package has in its folder.
 
     Raises:
       InputError: it is not there, is damaged or of another kind, or wants something executed.
@@ -191,7 +191,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    match file.suffix:
+    match file.suffix.lower():
         case ".safetensors":
             try:
                 return safetensors.numpy.load_file(file)
@@ -211,12 +211,12 @@ def _read(file: Path) -> dict[str, np.ndarray]:
                 if not isinstance(array, np.ndarray):
                     raise InputError(f"{file} cannot be read: {name} in it is no array")
             return arrays
-        case ".pth" | ".pt" | ".bin":
+        case ".pth" | ".pt" | ".bin" | ".ckpt" | ".tar":  # "checkpoint.pth.tar", Lightning's
             try:
                 return state_dict(read_torch(file), file)
             except OSError as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
-    raise InputError(f"{file} must be a .safetensors, .pth, .pt, .bin or .npz file")
+    raise InputError(f"{file} must be a .safetensors, .npz, .pth, .pt, .bin, .ckpt or .tar file")
 
 
 def _locate(path: str) -> Path:

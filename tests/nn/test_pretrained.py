@@ -2,6 +2,7 @@
 
 import functools
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,15 @@ def test_numbers_of_the_other_order_of_bytes(tmp_path):
     np.testing.assert_array_equal(found, np.arange(3))
 
 
+def test_endings_that_training_scripts_write(tmp_path):
+    content = (Path(__file__).parent / "torch_zip.pth").read_bytes()
+    (tmp_path / "weights.pth").write_bytes(content)
+    wanted = read_weights(tmp_path / "weights.pth")
+    for name in ("weights.PTH", "last.ckpt", "checkpoint.pth.tar"):
+        (tmp_path / name).write_bytes(content)
+        assert read_weights(tmp_path / name).keys() == wanted.keys()
+
+
 def test_positions_are_resampled_for_another_size(tmp_path):
     arrays = theirs("hf vit")
     safetensors.numpy.save_file(arrays, tmp_path / "weights.safetensors")
@@ -231,7 +241,7 @@ def test_a_teacher_gets_its_own_statistics(at, tmp_path):
 def test_files_that_cannot_be_used_say_why(tmp_path):
     for name, content, message in (
         ("nowhere.pth", None, "there is no file of weights"),
-        ("weights.h5", b"x", "must be a .safetensors, .pth, .pt, .bin or .npz file"),
+        ("weights.h5", b"x", "must be a .safetensors, .npz, .pth, .pt, .bin, .ckpt or .tar file"),
         ("weights.npz", b"x", "cannot be read"),
         ("weights.safetensors", b"x" * 20, "cannot be read"),
         ("weights.pth", b"x", "not a whole file"),
