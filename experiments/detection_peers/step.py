@@ -1,24 +1,31 @@
 """How long is a training step of RetinaNet-R50 at 2 x 320 x 320 beside torchvision's, and why?
 
     pip install torch torchvision
-    taskset -c 0 python experiments/detection_peers/step.py [--rounds 5]
+    python experiments/detection_peers/step.py [--rounds 5] [--onednn]
 
-Both in one process, in turn: forward, losses, gradients and a step of SGD, 91 classes, 8 objects in
-each image. Prints milliseconds of the wall and of the processor, their ratios round by round, and
-the share of each kind of operation in our step.
+In the environment of `main.py` (unless GLIBC_TUNABLES is set), ours with convolutions by oneDNN if
+asked for. Both in one process, in turn: forward, losses, gradients and a step of SGD, 91 classes, 8
+objects in each image. Prints milliseconds of the wall and of the processor, their ratios round by
+round, and the share of each kind of operation in our step.
 """
 
-import argparse
-import os
-import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parents[2]))
 sys.path.insert(2, str(Path(__file__).parents[1] / "step_time"))
+
+from cvjax import cpu
+
+if __name__ == "__main__":
+    cpu.begin_again()  # before anything heavy is imported
+
+import argparse
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -30,6 +37,7 @@ from torchvision.models.detection.retinanet import retinanet_resnet50_fpn
 from cvjax.detection.retinanet import RetinaNet, RetinaNetHead
 from cvjax.detection.task import Detection
 from cvjax.nn.fpn import FPN, Pyramid
+from cvjax.nn.onednn import use_onednn
 from cvjax.nn.resnet import ResNet
 from cvjax.train.step import initial_state, make_train_step
 
@@ -99,9 +107,13 @@ def main() -> None:
     """Prints the times and the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--onednn", action="store_true")
+    flags = parser.parse_args()
+    rounds = flags.rounds
     if rounds < 1:
         parser.error("--rounds must be at least 1")
+    if flags.onednn:
+        use_onednn()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     batch = data()
     sides = {"torchvision": of_torchvision(batch), "ours": of_ours(batch)}
