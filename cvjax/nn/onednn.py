@@ -27,6 +27,7 @@ from cvjax.errors import InputError
 # The operation is XLA's own affair and may change: only in these was it tried.
 VERSIONS = ("0.10.", "0.12.")
 _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
+_UNROLLED = 32  # images of the gradient of a depthwise kernel; more of them take turns in a loop
 _MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -118,6 +119,7 @@ def _of_each_kernel(
     x: jax.Array,
     kernel: jax.Array,
     *,
+    shape: tuple[int, ...],
     window_strides: tuple[int, int],
     padding: Padding,
     lhs_dilation: tuple[int, int],
@@ -128,22 +130,27 @@ def _of_each_kernel(
 ) -> jax.Array:
     """So JAX lays out the gradient of a depthwise kernel: the channels are the batch, in groups.
 
-    Each channel of each image is convolved by itself, and the images are summed.
+    Each channel of each image is convolved by itself, with a kernel as large as a map, and the
+    images are summed. One image after another, as all at once would have to stand side by side.
     """
     (batch, feature, *space), (of_out, of_in, *of_kernel), out_spec = dimension_numbers
-    # [n, h, w, images, groups] and [height, width, 1, images, features].
-    x = x.transpose(batch, *space, feature)
-    x = jnp.moveaxis(x.reshape(batch_group_count, -1, *x.shape[1:]), 0, -1)
-    kernel = kernel.transpose(*of_kernel, of_in, of_out)[:, :, None]
-    *_, images, features = kernel.shape
-    x = jnp.repeat(x, features // batch_group_count, axis=-1)
-    y = lax.conv_general_dilated(
-        x.reshape(*x.shape[:3], -1), kernel.reshape(*kernel.shape[:3], -1), window_strides,
-        padding, lhs_dilation, rhs_dilation, ("NHWC", "HWIO", "NHWC"),
-        feature_group_count=images * features,
-    )  # fmt: skip
-    y = y.reshape(*y.shape[:3], images, features).sum(axis=3)
-    return y.transpose(_from_nhwc(out_spec))
+    x, kernel = x.transpose(feature, *space, batch), kernel.transpose(of_in, *of_kernel, of_out)
+    features = kernel.shape[-1]
+
+    def add(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        image, kernel = given  # [h, w, channels] and [height, width, features]
+        image = jnp.moveaxis(image.reshape(*image.shape[:2], batch_group_count, -1), -1, 0)
+        y = lax.conv_general_dilated(
+            jnp.repeat(image, features // batch_group_count, axis=-1), kernel[:, :, None],
+            window_strides, padding, lhs_dilation, rhs_dilation, ("NHWC", "HWIO", "NHWC"),
+            feature_group_count=features,
+        )  # fmt: skip
+        return total + y, None
+
+    to_nhwc, from_nhwc = [out_spec[axis] for axis in (0, 2, 3, 1)], _from_nhwc(out_spec)
+    zeros = jnp.zeros([shape[axis] for axis in to_nhwc], x.dtype)
+    total, _ = lax.scan(add, zeros, (x, kernel), unroll=min(len(x), _UNROLLED))
+    return total.transpose(from_nhwc)
 
 
 def _convolve(
