@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cvjax.checks import check_at_least, check_choices
 from cvjax.errors import InputError
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
 
@@ -24,7 +25,7 @@ class ConditionalBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, label: jax.Array, *, train: bool = False) -> jax.Array:
         """x [b, h, w, c], label int32 [b]."""
-        x = nn.BatchNorm(not train, momentum=0.0, use_bias=False, use_scale=False)(x)
+        x = BatchNorm(momentum=0.0, use_bias=False, use_scale=False)(x, train)
         size = (max(self.num_classes, 1), x.shape[-1])
         scale = self.param("scale", nn.initializers.ones, size)
         shift = self.param("shift", nn.initializers.zeros, size)

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices, check_fractions, check_positive
 from cvjax.errors import InputError
 from cvjax.nn import inverted_residual
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.convolution import PADDINGS, convolution
 from cvjax.nn.inverted_residual import InvertedResidual, divisible
 from cvjax.nn.stochastic_depth import drop_rates
@@ -133,7 +134,7 @@ class EfficientNet(nn.Module):
         if lite:
             repeats[0], repeats[-1] = stages[0][-1], stages[-1][-1]
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(BatchNorm, self.momentum, self.epsilon, self.dtype)
 
         channels = STEM if lite else divisible(STEM * width)
         self.stem_conv, self.stem_norm = conv(channels, 3, 2), norm()
@@ -177,17 +178,15 @@ class EfficientNet(nn.Module):
           valid: bool [b]: the statistics are those of these rows alone. At least one must be
             True, else they are NaN.
         """
-        mask = None if valid is None else valid[:, None, None, None]
         x = self.stem_conv(x.astype(self.dtype))
-        x = self.activation(self.stem_norm(x, use_running_average=not train, mask=mask))
-        return inverted_residual.maps(x, self.block, train, mask)
+        x = self.activation(self.stem_norm(x, train, valid))
+        return inverted_residual.maps(x, self.block, train, valid)
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
     ) -> jax.Array:
         """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
         *_, x = self.features(x, train=train, valid=valid).values()
-        mask = None if valid is None else valid[:, None, None, None]
-        x = self.head_norm(self.head_conv(x), use_running_average=not train, mask=mask)
+        x = self.head_norm(self.head_conv(x), train, valid)
         x = jnp.mean(self.activation(x), axis=(1, 2), dtype=jnp.float32)
         return self.head(self.head_dropout(x, deterministic=not train))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cvjax.checks import check_at_least, check_choices
+from cvjax.nn.batch_norm import BatchNorm
 
 Size = tuple[int, int]
 VARIANTS = ("fid", "torchvision")
@@ -31,16 +32,16 @@ class Unit(nn.Module):
     padding: str = "SAME"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, valid: jax.Array | None) -> jax.Array:
         """Maps [b, h, w, c] to [b, h', w', features].
 
-        The `mask`, bool [b, 1, 1, 1], says which rows take part in the batch statistics.
+        `valid`, bool [b], says which rows take part in the batch statistics.
         """
         x = nn.Conv(
             self.features, self.kernel, self.stride, self.padding, use_bias=False, name="conv"
         )(x)
-        norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-3, name="bn")
-        return nn.relu(norm(x, mask=mask))
+        norm = BatchNorm(epsilon=1e-3, name="bn")
+        return nn.relu(norm(x, train, valid))
 
 
 # A branch is a row of units (name, channels, kernel); a tuple in place of a name forks the end of
@@ -124,7 +125,7 @@ class Mixed(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, valid: jax.Array | None) -> jax.Array:
         """Maps [b, h, w, c] to [b, h', w', the sum of the branches' channels]."""
         padding = "SAME" if self.stride == 1 else "VALID"
         window, strides = (3, 3), (self.stride, self.stride)
@@ -141,7 +142,7 @@ class Mixed(nn.Module):
                 forks = (
                     [(name, kernel)] if isinstance(name, str) else zip(name, kernel, strict=True)
                 )
-                ys = [Unit(features, k, *end, name=n)(y, train, mask) for n, k in forks]
+                ys = [Unit(features, k, *end, name=n)(y, train, valid) for n, k in forks]
                 y = jnp.concatenate(ys, axis=-1)
             parts.append(y)
         return jnp.concatenate(parts, axis=-1)
@@ -196,7 +197,6 @@ class InceptionV3(nn.Module):
         self, x: jax.Array, train: bool, valid: jax.Array | None, with_head: bool
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         of_fid, maps = self.variant == "fid", {}
-        mask = None if valid is None else valid[:, None, None, None]
         for name, features, size, stride, padding in (
             ("1a_3x3", 32, 3, 2, "VALID"), ("2a_3x3", 32, 3, 1, "VALID"),
             ("2b_3x3", 64, 3, 1, "SAME"), ("pool", 64, 3, 2, "VALID"),
@@ -207,17 +207,19 @@ class InceptionV3(nn.Module):
                 x = nn.max_pool(x, (size, size), (stride, stride))
             else:
                 unit = Unit(features, (size, size), stride, padding, name=f"conv2d_{name}")
-                x = unit(x, train, mask)
+                x = unit(x, train, valid)
         for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
-            x = Mixed(_block_5(pooled), "mean", of_fid, name=f"mixed_{name}")(x, train, mask)
+            x = Mixed(_block_5(pooled), "mean", of_fid, name=f"mixed_{name}")(x, train, valid)
         maps["stage1"] = x
-        x = Mixed(REDUCTION_6, "maximum", of_fid, 2, name="mixed_6a")(x, train, mask)
+        x = Mixed(REDUCTION_6, "maximum", of_fid, 2, name="mixed_6a")(x, train, valid)
         for name, inner in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-            x = Mixed(_block_6(inner), "mean", of_fid, name=f"mixed_{name}")(x, train, mask)
+            x = Mixed(_block_6(inner), "mean", of_fid, name=f"mixed_{name}")(x, train, valid)
         maps["stage2"] = x
-        x = Mixed(REDUCTION_7, "maximum", of_fid, 2, name="mixed_7a")(x, train, mask)
-        x = Mixed(BLOCK_7, "mean", of_fid, name="mixed_7b")(x, train, mask)
-        x = Mixed(BLOCK_7, "maximum" if of_fid else "mean", of_fid, name="mixed_7c")(x, train, mask)
+        x = Mixed(REDUCTION_7, "maximum", of_fid, 2, name="mixed_7a")(x, train, valid)
+        x = Mixed(BLOCK_7, "mean", of_fid, name="mixed_7b")(x, train, valid)
+        x = Mixed(BLOCK_7, "maximum" if of_fid else "mean", of_fid, name="mixed_7c")(
+            x, train, valid
+        )
         maps["stage3"] = x
         logits = nn.Dense(self.num_classes, name="head")(x.mean((1, 2))) if with_head else None
         return maps, logits

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.convolution import convolution
 from cvjax.nn.squeeze_excite import SqueezeExcite
 from cvjax.nn.stochastic_depth import drop_branch
@@ -58,28 +59,26 @@ class InvertedResidual(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, valid: jax.Array | None) -> jax.Array:
         """Maps [b, h, w, c] to [b, ceil(h / stride), ceil(w / stride), features].
 
-        The `mask`, bool [b, 1, 1, 1], says which rows take part in the batch statistics.
+        `valid`, bool [b], says which rows take part in the batch statistics.
         """
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm, not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype
-        )
+        norm = partial(BatchNorm, self.momentum, self.epsilon, self.dtype)
         y = x
         if self.expanded != x.shape[-1]:
             y = conv(self.expanded, 1, name="expand_conv")(y)
-            y = self.activation(norm(name="expand_norm")(y, mask=mask))
+            y = self.activation(norm(name="expand_norm")(y, train, valid))
         y = conv(
             self.expanded, self.kernel, self.stride, groups=self.expanded, name="depthwise_conv"
         )(y)
-        y = self.activation(norm(name="depthwise_norm")(y, mask=mask))
+        y = self.activation(norm(name="depthwise_norm")(y, train, valid))
         if self.squeeze:
             activation = self.squeeze_activation or self.activation
             y = SqueezeExcite(self.squeeze, activation, self.gate, self.dtype, name="squeeze")(y)
         y = conv(self.features, 1, name="project_conv")(y)
-        y = norm(name="project_norm")(y, mask=mask)
+        y = norm(name="project_norm")(y, train, valid)
         if self.stride > 1 or self.features != x.shape[-1]:
             return y
         return x + drop_branch(y, self.drop_rate, train)
@@ -98,11 +97,11 @@ def strides(blocks: Sequence[int]) -> dict[str, int]:
 
 
 def maps(
-    x: jax.Array, blocks: Sequence[InvertedResidual], train: bool, mask: jax.Array | None
+    x: jax.Array, blocks: Sequence[InvertedResidual], train: bool, valid: jax.Array | None
 ) -> dict[str, jax.Array]:
     """The last map of each stage, from the stem's output."""
     stage, found = 1, {"stage1": x}
     for block in blocks:
         stage += block.stride > 1
-        found[f"stage{stage}"] = x = block(x, train, mask)
+        found[f"stage{stage}"] = x = block(x, train, valid)
     return found

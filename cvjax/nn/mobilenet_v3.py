@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_choices, check_fractions, check_positive
 from cvjax.errors import InputError
 from cvjax.nn import inverted_residual
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.convolution import PADDINGS, convolution
 from cvjax.nn.inverted_residual import InvertedResidual, divisible
 from cvjax.nn.stochastic_depth import drop_rates
@@ -126,7 +127,7 @@ class MobileNetV3(nn.Module):
         """Names the layers; the blocks are `block_0`, `block_1`, ... through all stages."""
         rows = self.rows
         conv = partial(convolution, padding=self.padding, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(BatchNorm, self.momentum, self.epsilon, self.dtype)
         stem = self.stem or divisible(STEM * self.width)
         self.stem_conv, self.stem_norm = conv(stem, 3, 2), norm()
         make_block = (
@@ -174,18 +175,16 @@ class MobileNetV3(nn.Module):
           valid: bool [b]: the statistics are those of these rows alone. At least one must be
             True, else they are NaN.
         """
-        mask = None if valid is None else valid[:, None, None, None]
         x = self.stem_conv(x.astype(self.dtype))
-        x = nn.hard_swish(self.stem_norm(x, use_running_average=not train, mask=mask))
-        return inverted_residual.maps(x, self.block, train, mask)
+        x = nn.hard_swish(self.stem_norm(x, train, valid))
+        return inverted_residual.maps(x, self.block, train, valid)
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, valid: jax.Array | None = None
     ) -> jax.Array:
         """Returns the logits, float32 [b, num_classes]; the arguments are those of `features`."""
         *_, x = self.features(x, train=train, valid=valid).values()
-        mask = None if valid is None else valid[:, None, None, None]
-        x = self.head_norm(self.head_conv(x), use_running_average=not train, mask=mask)
+        x = self.head_norm(self.head_conv(x), train, valid)
         x = jnp.mean(nn.hard_swish(x), axis=(1, 2), dtype=jnp.float32)
         x = nn.hard_swish(self.head_hidden(x))
         return self.head(self.head_dropout(x, deterministic=not train))

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 
 from cvjax.checks import check_at_least, check_choices, check_fractions
 from cvjax.errors import InputError
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.convolution import convolution
 from cvjax.nn.pooling import max_pool
 from cvjax.nn.stochastic_depth import drop_branch, drop_rates
@@ -69,10 +70,10 @@ class Block(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, valid: jax.Array | None) -> jax.Array:
         """Maps [b, h, w, c] to [b, ceil(h / stride), ceil(w / stride), channels].
 
-        The `mask`, bool [b, 1, 1, 1], says which rows take part in the batch statistics.
+        `valid`, bool [b], says which rows take part in the batch statistics.
         """
         if self.bottleneck:
             channels = EXPANSION * self.features
@@ -81,9 +82,7 @@ class Block(nn.Module):
         else:
             channels = self.features
             convolutions = (channels, 3, self.stride), (channels, 3, 1)
-        norm = partial(
-            nn.BatchNorm, not train, momentum=0.9, epsilon=self.epsilon, dtype=self.dtype
-        )
+        norm = partial(BatchNorm, epsilon=self.epsilon, dtype=self.dtype)
 
         y = x
         for number, (features, kernel, stride) in enumerate(convolutions, start=1):
@@ -93,14 +92,14 @@ class Block(nn.Module):
             y = convolution(
                 features, kernel, stride, groups=groups, dtype=self.dtype, name=f"conv{number}"
             )(y)
-            y = norm(scale_init=scale_init, name=f"norm{number}")(y, mask=mask)
+            y = norm(scale_init=scale_init, name=f"norm{number}")(y, train, valid)
             y = y if is_last else nn.relu(y)
         if self.stride > 1 or x.shape[-1] != channels:
             stride = self.stride
             if self.average_shortcut and stride > 1:
                 x, stride = _halve(x), 1
             x = convolution(channels, 1, stride, dtype=self.dtype, name="shortcut_conv")(x)
-            x = norm(name="shortcut_norm")(x, mask=mask)
+            x = norm(name="shortcut_norm")(x, train, valid)
         return nn.relu(x + drop_branch(y, self.drop_rate, train))
 
 
@@ -187,7 +186,7 @@ class ResNet(nn.Module):
         kind, sizes = SIZES[self.depth]
         kind, sizes = self.block or kind, self.stage_sizes or sizes
         conv = partial(convolution, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, momentum=0.9, epsilon=self.epsilon, dtype=self.dtype)
+        norm = partial(BatchNorm, epsilon=self.epsilon, dtype=self.dtype)
         if self.stem == "cifar":
             self.stem_conv = conv(self.width, 3)
         elif self.variant == "b":
@@ -229,19 +228,18 @@ class ResNet(nn.Module):
           valid: bool [b]: the statistics are those of these rows alone. At least one must be
             True, else they are NaN.
         """
-        mask = None if valid is None else valid[:, None, None, None]
         x = x.astype(self.dtype)
         deep = self.variant == "d" and self.stem == "imagenet"
         for number in ("1", "2", "") if deep else ("",):
             x = getattr(self, f"stem_conv{number}")(x)
             norm = getattr(self, f"stem_norm{number}")
-            x = nn.relu(norm(x, use_running_average=not train, mask=mask))
+            x = nn.relu(norm(x, train, valid))
         if self.stem == "imagenet":
             x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         maps = {}
         for name in self.strides:
             for block in getattr(self, name):
-                x = block(x, train, mask)
+                x = block(x, train, valid)
             maps[name] = x
         return maps
 

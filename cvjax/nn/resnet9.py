@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.pooling import max_pool
 
 
@@ -48,16 +49,14 @@ class ResNet9(nn.Module):
     def _maps(
         self, x: jax.Array, *, train: bool, valid: jax.Array | None, logits: bool
     ) -> dict[str, jax.Array] | jax.Array:
-        mask = None if valid is None else valid[:, None, None, None]
         convolution = partial(nn.Conv, use_bias=False, dtype=self.dtype)
 
         def block(x: jax.Array, features: int, kernel: int, name: str) -> jax.Array:
             x = convolution(features, (kernel, kernel), name=f"{name}_conv")(x)
-            norm = nn.BatchNorm(
-                not train, momentum=0.8, epsilon=1e-5, use_scale=False, dtype=self.dtype,
-                name=f"{name}_norm",
+            norm = BatchNorm(
+                momentum=0.8, use_scale=False, dtype=self.dtype, name=f"{name}_norm"
             )  # fmt: skip
-            return nn.celu(norm(x, mask=mask), alpha=0.3)
+            return nn.celu(norm(x, train, valid), alpha=0.3)
 
         if min(x.shape[1:3]) < 8:
             raise InputError(

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from cvjax.checks import check_at_least, check_fractions
 from cvjax.errors import InputError
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.dense import Dense
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
@@ -58,9 +59,8 @@ class ConvNormRelu(nn.Module):
             self.features, (self.kernel, self.kernel), kernel_dilation=self.dilation,
             use_bias=False, dtype=self.dtype, conv_general_dilated=fast_conv, name="conv",
         )(x)  # fmt: skip
-        mask = None if valid is None else valid[:, None, None, None]
-        norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")
-        return nn.relu(norm(x, mask=mask))
+        norm = BatchNorm(dtype=self.dtype, name="norm")
+        return nn.relu(norm(x, train, valid))
 
 
 class FCN(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from cvjax.errors import InputError
+from cvjax.nn.batch_norm import BatchNorm
 from cvjax.nn.inception import InceptionV3
 from cvjax.nn.pretrained import load_variables
 from tests.nn.parity import thin, weights
@@ -70,20 +71,21 @@ def test_maps_and_logits_are_theirs(name, tmp_path):
 def test_every_norm_is_told_which_rows_are_valid():
     """Traced alone: to compile the network for its statistics takes half a minute."""
     model, x, valid, told = MODELS["fid"], image(), np.array([True, False, True]), []
+    shapes = shapes_of("fid")
 
     def listen(call, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm):
-            told.append(kwargs["mask"])
+        if isinstance(context.module, BatchNorm):
+            told.append(args[2])
         return call(*args, **kwargs)
 
     def apply(variables, x):
         return model.apply(variables, x, train=True, valid=valid, mutable=["batch_stats"])
 
     with nn.intercept_methods(listen):
-        jax.eval_shape(apply, shapes_of("fid"), np.repeat(x, 3, axis=0))
-    assert len(told) == len(jax.tree.leaves(shapes_of("fid")["batch_stats"])) / 2 == 94
-    for mask in told:
-        np.testing.assert_array_equal(mask, valid[:, None, None, None])
+        jax.eval_shape(apply, shapes, np.repeat(x, 3, axis=0))
+    assert len(told) == len(jax.tree.leaves(shapes["batch_stats"])) / 2 == 94
+    for rows in told:
+        np.testing.assert_array_equal(rows, valid)
 
 
 def test_strides_and_names():
