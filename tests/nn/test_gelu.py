@@ -41,3 +41,14 @@ def test_any_shape(shape):
     x = jnp.ones(shape)
     value, pull = jax.vjp(gelu, x)
     assert value.shape == pull(x)[0].shape == shape
+
+
+def test_double_precision_and_what_is_no_number():
+    with jax.enable_x64(True):
+        x = np.float64(X)
+        found, slope = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(x)
+        assert found.dtype == slope.dtype == np.float64
+        # Roundings of Phi, 1.1e-16 each, which x multiplies.
+        assert (np.abs(found - x * ndtr(x)) <= 1e-15 * np.abs(x)).all()
+    assert np.isnan(gelu(jnp.nan)) and np.isnan(jax.grad(gelu)(jnp.nan))
+    assert gelu(jnp.inf) == jnp.inf
