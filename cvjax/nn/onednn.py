@@ -64,7 +64,8 @@ def use_onednn() -> None:
 
     Results differ from XLA's by roundings. Its sums are those of PyTorch, one number after another:
     over 64 channels and 3 x 3 pixels the error against double precision is 1.4 times XLA's, over
-    256 channels 2.7 times, of the input's gradient over 512 channels 3.6 times (root mean square).
+    256 channels 2.6 times, of the input's gradient over 512 channels 3.6 times (root mean square;
+    `experiments/step_time/roundings.py`).
 
     XLA cannot keep such programs: JAX's compilation cache is turned off, and each start compiles.
 

@@ -53,9 +53,7 @@ class ResNet9(nn.Module):
 
         def block(x: jax.Array, features: int, kernel: int, name: str) -> jax.Array:
             x = convolution(features, (kernel, kernel), name=f"{name}_conv")(x)
-            norm = BatchNorm(
-                momentum=0.8, use_scale=False, dtype=self.dtype, name=f"{name}_norm"
-            )  # fmt: skip
+            norm = BatchNorm(0.8, use_scale=False, dtype=self.dtype, name=f"{name}_norm")
             return nn.celu(norm(x, train, valid), alpha=0.3)
 
         if min(x.shape[1:3]) < 8:
