@@ -1,10 +1,11 @@
-"""How long does a convolution take: XLA's, the gathered one of `fast_conv`, oneDNN's, PyTorch's?
+"""How long does a convolution take: XLA's, the other forms of `fast_conv`, oneDNN's, PyTorch's?
 
     pip install torch && python experiments/step_time/layers.py
 
 In the environment of `main.py`, oneDNN's as by its flag `--onednn`; float32. First 3 x 3 ones of
-stride 1, then depthwise ones. The sides take turns in one process; milliseconds, the median of ten
-blocks of 50 ms or more: forward / forward and both gradients. Prints two tables as Markdown.
+stride 1, then those of few channels, then depthwise ones. The sides take turns in one process;
+milliseconds, the median of ten blocks of 50 ms or more: forward / forward and both gradients.
+Prints three tables as Markdown.
 """
 
 import sys
@@ -28,15 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cvjax.nn import fast_conv
 from cvjax.nn.depthwise import depthwise_conv
+from cvjax.nn.fast_conv import DIMENSIONS, _form, _gathered, fast_conv
 from cvjax.nn.onednn import use_onednn
 
 BREAK = 0.05  # seconds before a block, while PyTorch's threads still wait for more by spinning
-PADDING = ((1, 1), (1, 1))
 SHAPES = (  # batch, side, channels
     (64, 28, 32), (8, 32, 64), (64, 14, 64), (32, 16, 64), (8, 28, 128), (64, 7, 64), (32, 8, 128),
     (32, 4, 256), (8, 4, 512), (32, 2, 512),
+)  # fmt: skip
+NARROW = (  # batch, side, channels, features, stride
+    (64, 28, 1, 8, 1), (64, 28, 8, 8, 1), (64, 14, 16, 16, 1), (8, 96, 16, 16, 1),
+    (8, 96, 3, 16, 1), (8, 224, 3, 32, 2),
 )  # fmt: skip
 DEPTHWISE = (  # batch, side, channels, side of the kernel, stride: of ConvNeXt-T and EfficientNet
     (8, 32, 96, 7, 1), (8, 16, 192, 7, 1), (8, 8, 384, 7, 1), (8, 4, 768, 7, 1), (8, 56, 144, 3, 1),
@@ -100,23 +104,20 @@ def milliseconds(steps: list[Callable]) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
-def own(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `nn.Conv` has it."""
-    dimensions = fast_conv.DIMENSIONS
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), PADDING, dimension_numbers=dimensions)
-
-
-def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """As `cvjax.nn.convolution` has it."""
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, by: Callable = jax.lax.conv_general_dilated
+) -> jax.Array:
+    """As `cvjax.nn.convolution` has it, "symmetric", XLA's own or another."""
     pad = len(kernel) // 2
-    return depthwise_conv(x, kernel, (stride, stride), ((pad, pad), (pad, pad)))
+    options = {"dimension_numbers": DIMENSIONS} if by is jax.lax.conv_general_dilated else {}
+    return by(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), **options)
 
 
 def arrays(batch: int, side: int, channels: int, *of_kernel: int) -> tuple[np.ndarray, np.ndarray]:
-    """A map and a kernel [height, width, channels in, channels]."""
+    """A map and a kernel [height, width, channels in, features]."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, side, side, channels), np.float32)
-    return x, rng.standard_normal((*of_kernel, channels), np.float32) / 100
+    return x, rng.standard_normal(of_kernel, np.float32) / 100
 
 
 def cells(pairs: list[tuple[Callable, Callable]]) -> list[str]:
@@ -126,32 +127,45 @@ def cells(pairs: list[tuple[Callable, Callable]]) -> list[str]:
 
 
 def main() -> None:
-    """Prints the rows; what `fast_conv` chooses without oneDNN is bold."""
-    whole = {shape: arrays(*shape, 3, 3, shape[-1]) for shape in SHAPES}
-    of_each = {shape: arrays(*shape[:3], shape[3], shape[3], 1) for shape in DEPTHWISE}
-    gathered = partial(fast_conv._gathered, strides=(1, 1), padding=PADDING)
+    """Prints the rows; what `fast_conv` chooses without oneDNN is bold in the first table."""
+    whole = {shape: arrays(*shape, 3, 3, shape[-1], shape[-1]) for shape in SHAPES}
+    narrow = {shape: arrays(*shape[:3], 3, 3, *shape[2:4]) for shape in NARROW}
+    of_each = {shape: arrays(*shape[:3], shape[3], shape[3], 1, shape[2]) for shape in DEPTHWISE}
+    sides = (1, 1), ((1, 1), (1, 1))
+    gathered = partial(_gathered, strides=sides[0], padding=sides[1])
     without = {
-        shape: [jax_steps(convolve, *given) for convolve in (own, gathered)]
+        shape: [jax_steps(form, *given) for form in (convolve, gathered)]
         for shape, given in whole.items()
     }
     chosen = {
-        shape: int(fast_conv._is_gathered(*map(jnp.asarray, given), (1, 1), PADDING))
+        shape: int(_form(*map(jnp.asarray, given), *sides) is _gathered)
         for shape, given in whole.items()
     }
+    for shape, given in narrow.items():
+        own = partial(convolve, stride=shape[-1])
+        without[shape] = [jax_steps(form, *given) for form in (own, partial(own, by=fast_conv))]
     for shape, given in of_each.items():
-        without[shape] = [jax_steps(partial(depthwise, stride=shape[-1]), *given)]
+        form = partial(convolve, stride=shape[-1], by=depthwise_conv)
+        without[shape] = [jax_steps(form, *given)]
     use_onednn()  # for what is compiled from here on
     print("| batch, map, channels | XLA | gathered | oneDNN | PyTorch |\n|---|---|---|---|---|")
     for shape, given in whole.items():
-        by_onednn = jax_steps(lambda x, kernel: own(x, kernel), *given)
-        row = cells([*without[shape], by_onednn, torch_steps(*given)])
+        row = cells([*without[shape], jax_steps(partial(convolve), *given), torch_steps(*given)])
         row[chosen[shape]] = f"**{row[chosen[shape]]}**"
         batch, side, channels = shape
         print(f"| {batch}, {side} x {side}, {channels} | {' | '.join(row)} |", flush=True)
+    print("\n| batch, map, channels to features | XLA | shifted or paired | oneDNN | PyTorch |")
+    print("|---|---|---|---|---|")
+    for shape, given in narrow.items():
+        batch, side, channels, features, stride = shape
+        by_onednn = jax_steps(partial(convolve, stride=stride), *given)
+        row = cells([*without[shape], by_onednn, torch_steps(*given, stride)])
+        name = f"{channels} to {features}" + (f", stride {stride}" if stride > 1 else "")
+        print(f"| {batch}, {side} x {side}, {name} | {' | '.join(row)} |", flush=True)
     print("\n| batch, map, channels | kernel | shifted | oneDNN | PyTorch |\n|---|---|---|---|---|")
     for shape, given in of_each.items():
         batch, side, channels, of_kernel, stride = shape
-        by_onednn = jax_steps(partial(depthwise, stride=stride), *given)
+        by_onednn = jax_steps(partial(convolve, stride=stride, by=depthwise_conv), *given)
         row = cells([*without[shape], by_onednn, torch_steps(*given, stride)])
         kernel = f"{of_kernel} x {of_kernel}" + (f", stride {stride}" if stride > 1 else "")
         row = [f"{batch}, {side} x {side}, {channels}", kernel, *row]

@@ -24,6 +24,17 @@ CASES = {
     "few features": ((2, 6, 7, 8), (3, 3, 8, 4), (1, 1), "SAME"),
     "one feature, uneven padding": ((2, 7, 6, 9), (2, 3, 9, 1), (1, 1), ((2, 0), (0, 3))),
     "few features, cropping": ((2, 9, 8, 8), (3, 3, 8, 3), (1, 1), ((-1, 0), (1, -2))),
+    "an image": ((2, 6, 8, 3), (3, 3, 3, 9), (1, 1), "SAME"),
+    "an image, one channel": ((2, 7, 5, 1), (3, 3, 1, 3), (1, 1), "SAME"),
+    "an image, strided": ((2, 13, 15, 3), (3, 3, 3, 32), (2, 3), ((1, 1), (1, 1))),
+    "an image, uneven padding": ((2, 12, 13, 4), (2, 4, 4, 17), (2, 2), ((1, 2), (0, 1))),
+    "an image, cropping": ((2, 9, 8, 3), (3, 3, 3, 8), (1, 1), ((-1, 0), (1, -2))),
+    "narrow": ((2, 6, 8, 5), (3, 3, 5, 5), (1, 1), "SAME"),
+    "narrow, an odd width": ((2, 6, 7, 16), (3, 3, 16, 16), (1, 1), "SAME"),
+    "narrow, one column": ((2, 18, 1, 8), (3, 3, 8, 9), (1, 1), "SAME"),
+    "narrow, uneven padding": ((2, 7, 6, 5), (2, 5, 5, 8), (1, 1), ((2, 0), (0, 3))),
+    "narrow, cropping": ((2, 9, 8, 5), (3, 2, 5, 9), (1, 1), ((-1, 0), (2, -1))),
+    "narrow, much padding": ((2, 3, 3, 5), (2, 2, 5, 6), (1, 1), ((4, 3), (2, 5))),
     "seven by seven": ((2, 7, 7, 32), (3, 3, 32, 32), (1, 1), "SAME"),
 }
 
@@ -83,7 +94,18 @@ def derivatives(convolve, x, kernel, dx, dkernel):
     )
 
 
-@pytest.mark.parametrize("name", ["map smaller than the kernel", "few features", "seven by seven"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "map smaller than the kernel",
+        "few features",
+        "narrow, an odd width",
+        "narrow, cropping",
+        "an image, uneven padding",
+        "an image, cropping",
+        "seven by seven",
+    ],
+)
 def test_second_derivatives_forward_mode_and_vmap(name):
     x, kernel, ours, own = arrays(name)
     dx, dkernel, *_ = arrays(name, seed=1)
@@ -141,20 +163,26 @@ def test_other_types_and_empty_batches_are_xlas():
 
 
 def test_each_form_is_taken_where_it_says():
-    def form(name):
+    forms = {
+        "map smaller than the kernel": module._gathered,
+        "four by four": module._gathered,
+        "kernel of a pixel": module._gathered,
+        "few features": module._scattered,
+        "one feature, uneven padding": module._scattered,
+        "few features, cropping": module._scattered,
+        "seven by seven": None,
+    }
+    for name in CASES:
+        if name.startswith("narrow"):
+            forms[name] = module._paired
+        if name.startswith("an image"):
+            forms[name] = module._shifted
+    for name, form in forms.items():
         x, kernel, strides, padding = CASES[name]
         x, kernel = np.empty(x), np.empty(kernel)
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        given = x, kernel, strides, padding
-        return module._is_gathered(*given), module._is_scattered(*given)
-
-    for name in ("map smaller than the kernel", "four by four", "kernel of a pixel"):
-        assert form(name)[0]
-    for name in CASES:
-        if "few features" in name or "one feature" in name:
-            assert form(name) == (False, True)
-    assert form("seven by seven") == (False, False)
+        assert module._form(x, kernel, strides, padding) is form, name
 
 
 def test_in_a_layer():

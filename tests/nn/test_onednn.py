@@ -256,14 +256,17 @@ def test_small_maps_are_gathered_where_onednn_does_not_come(by_onednn, monkeypat
     x, kernel = np.empty((2, 4, 4, 8)), np.empty((3, 3, 8, 8))
 
     def gathered(strides=(1, 1), kernel=kernel):
-        return fast_conv._is_gathered(x, kernel, strides, ((1, 1), (1, 1)))
+        return fast_conv._form(x, kernel, strides, ((1, 1), (1, 1))) is fast_conv._gathered
 
     assert gathered()  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert not gathered()
     assert gathered(strides=(2, 2)) and gathered(kernel=kernel[:1, :1])
+    narrow = np.empty((2, 9, 9, 8)), kernel, (1, 1), ((1, 1), (1, 1))
+    assert fast_conv._form(*narrow) is None
     leave()
     assert gathered()
+    assert fast_conv._form(*narrow) is fast_conv._paired
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
