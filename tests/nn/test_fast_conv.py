@@ -14,6 +14,9 @@ LAYOUT = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
 # (x, kernel, strides, padding): every form, at the edges of each.
 CASES = {
     "map smaller than the kernel": ((3, 2, 2, 5), (3, 3, 5, 4), (1, 1), "SAME"),
+    "one pixel, uneven padding": ((2, 1, 1, 3), (3, 4, 3, 2), (1, 2), ((2, 1), (0, 5))),
+    "nothing seen": ((2, 1, 2, 3), (3, 3, 3, 2), (2, 1), ((3, 0), (1, 1))),
+    "a pixel between the strides": ((2, 1, 2, 3), (2, 3, 3, 2), (3, 1), ((2, 2), (1, 1))),
     "one pixel": ((2, 1, 1, 3), (5, 5, 3, 2), (1, 1), ((2, 2), (2, 2))),
     "four by four": ((2, 4, 4, 3), (3, 3, 3, 6), (1, 1), ((1, 1), (1, 1))),
     "strided to few": ((2, 7, 9, 3), (3, 3, 3, 6), (2, 3), ((1, 1), (1, 1))),
@@ -26,6 +29,7 @@ CASES = {
     "few features, cropping": ((2, 9, 8, 8), (3, 3, 8, 3), (1, 1), ((-1, 0), (1, -2))),
     "an image": ((2, 6, 8, 3), (3, 3, 3, 9), (1, 1), "SAME"),
     "an image, one channel": ((2, 7, 5, 1), (3, 3, 1, 3), (1, 1), "SAME"),
+    "an image, five by five": ((2, 7, 9, 1), (5, 5, 1, 4), (1, 1), "SAME"),
     "an image, strided": ((2, 13, 15, 3), (3, 3, 3, 32), (2, 3), ((1, 1), (1, 1))),
     "an image, uneven padding": ((2, 12, 13, 4), (2, 4, 4, 17), (2, 2), ((1, 2), (0, 1))),
     "an image, cropping": ((2, 9, 8, 3), (3, 3, 3, 8), (1, 1), ((-1, 0), (1, -2))),
@@ -98,6 +102,7 @@ def derivatives(convolve, x, kernel, dx, dkernel):
     "name",
     [
         "map smaller than the kernel",
+        "one pixel, uneven padding",
         "few features",
         "narrow, an odd width",
         "narrow, cropping",
