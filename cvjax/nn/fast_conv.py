@@ -1,8 +1,8 @@
 """A convolution: XLA's own, but on a CPU a faster form where there is one.
 
 The backbones have it, by `cvjax.nn.convolution`, the heads of segmenters and detectors, and the
-last layers that make images. Plain `nn.Conv` are those of ResNet-9, Inception, patches, and the
-rest of GANs, autoencoders and U-Nets.
+last layers that make images. Plain `nn.Conv` are those of Inception, patches, and the rest of GANs,
+autoencoders and U-Nets.
 """
 
 from collections.abc import Callable, Sequence

@@ -51,8 +51,9 @@ class Table:
     """What became of every array of the model, and of every array in the file.
 
     The status begins with one of: loaded; fresh (the head, for another number of classes);
-    missing (not in the file); shape differs; no numbers (these four keep the model's values); left
-    (in the file, but not of this model); no weight (a counter or an index).
+    missing (not in the file); shape differs; no numbers; out of range (of the model's type: these
+    five keep the model's values); left (in the file, but not of this model); no weight (a counter
+    or an index).
 
     Attributes:
       source: the file, and whose names it has.
@@ -147,8 +148,12 @@ def load_variables(
             value, status = _fitted(values[ours], tuple(leaf.shape), ours, foreign)
             status = made.get(ours, status)
             if value is not None:
-                value = np.asarray(value, leaf.dtype)
-                loaded[ours] = jax.device_put(value, getattr(leaf, "sharding", None))
+                with np.errstate(over="ignore"):
+                    cast = np.asarray(value, leaf.dtype)
+                if np.isfinite(value).sum() > np.isfinite(cast).sum():
+                    status = f"out of range: too large for {leaf.dtype}"
+                else:
+                    loaded[ours] = jax.device_put(cast, getattr(leaf, "sharding", None))
         rows.append(Row(ours, tuple(leaf.shape), status))
     for theirs, value in arrays.items():
         if theirs not in taken:

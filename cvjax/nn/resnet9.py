@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least
 from cvjax.errors import InputError
 from cvjax.nn.batch_norm import BatchNorm
+from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.pooling import max_pool
 
 
@@ -49,7 +50,9 @@ class ResNet9(nn.Module):
     def _maps(
         self, x: jax.Array, *, train: bool, valid: jax.Array | None, logits: bool
     ) -> dict[str, jax.Array] | jax.Array:
-        convolution = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        convolution = partial(
+            nn.Conv, use_bias=False, dtype=self.dtype, conv_general_dilated=fast_conv
+        )
 
         def block(x: jax.Array, features: int, kernel: int, name: str) -> jax.Array:
             x = convolution(features, (kernel, kernel), name=f"{name}_conv")(x)

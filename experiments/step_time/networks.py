@@ -12,13 +12,17 @@ sys.modules.setdefault(_REGISTRATIONS, types.ModuleType(_REGISTRATIONS))
 
 
 class Network(NamedTuple):
-    """Makers of both sides, and the input: `batch` images, `size` x `size` x `channels`."""
+    """Makers of both sides, and the input: `batch` images, `size` x `size` x `channels`.
+
+    `of_pixels` says that there is a class for each pixel.
+    """
 
     ours: Callable[[], Any]
     torch: Callable[[], Any]
     batch: int
     size: int
     channels: int = 3
+    of_pixels: bool = False
 
 
 def _ours(module: str, name: str, **fields: Any) -> Callable[[], Any]:
@@ -39,17 +43,25 @@ def _timm(name: str, **fields: Any) -> Callable[[], Any]:
     return make
 
 
-def _digits() -> Any:
-    """The ResNet of configs/classification.py in PyTorch."""
-    from timm.models.resnet import BasicBlock, ResNet
-    from torch import nn
+def _torch(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        import torch_networks
 
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=(8, 16, 32, 64))
-    model.conv1, model.maxpool = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Identity()
-    model.bn1 = nn.BatchNorm2d(8)
-    model.layer1[0].conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-    model.layer1[0].downsample = None
-    return model
+        return getattr(torch_networks, name)()
+
+    return make
+
+
+def _scenes() -> Any:
+    """The network of configs/segmentation.py."""
+    from cvjax.nn.features import Patches
+    from cvjax.nn.resnet import ResNet
+    from cvjax.segmentation.heads import UNet
+    from cvjax.segmentation.model import Segmenter
+
+    backbone = ResNet(stem="cifar", width=16, stage_sizes=(1, 1, 1, 1))
+    head = UNet(num_classes=11, features=(48, 32, 16), subpixel=2)
+    return Segmenter(Patches(backbone, patch=2), head)
 
 
 NETWORKS = {
@@ -76,6 +88,8 @@ NETWORKS = {
         _ours(
             "resnet", "ResNet", num_classes=10, stem="cifar", width=8, stage_sizes=(1, 1, 1, 1)
         ),
-        _digits, 64, 28, 1,
+        _torch("digits"), 64, 28, 1,
     ),
+    "ResNet-9, 64 x 32": Network(_ours("resnet9", "ResNet9"), _torch("resnet9"), 64, 32),
+    "scenes, 8 x 96": Network(_scenes, _torch("scenes"), 8, 96, 1, of_pixels=True),
 }  # fmt: skip

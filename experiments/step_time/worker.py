@@ -12,6 +12,12 @@ from networks import NETWORKS
 from turns import OUR_MODES, serve
 
 
+def labels(network):
+    """Classes [batch], or [batch, size, size]."""
+    shape = (network.batch, network.size, network.size) if network.of_pixels else network.batch
+    return np.arange(np.prod(shape)).reshape(shape) % 10
+
+
 def torch_step(network, mode: str, train: bool):
     """A function that makes one step, with PyTorch."""
     import torch
@@ -19,7 +25,7 @@ def torch_step(network, mode: str, train: bool):
     torch.manual_seed(0)
     model = network.torch()
     batch = torch.randn(network.batch, network.channels, network.size, network.size)
-    label = torch.arange(network.batch) % 10
+    label = torch.from_numpy(labels(network))
     if mode != "eager":
         model = model.to(memory_format=torch.channels_last)
         batch = batch.to(memory_format=torch.channels_last)
@@ -44,14 +50,18 @@ def jax_step(network, train: bool):
     import optax
 
     from cvjax.classification.task import Classification
+    from cvjax.segmentation.task import Segmentation
     from cvjax.train.sharding import data_mesh, jit_step, put_batch, replicated
     from cvjax.train.step import initial_state, make_train_step
 
-    task, mesh = Classification(network.ours()), data_mesh()
+    task, mesh = (
+        (Segmentation if network.of_pixels else Classification)(network.ours()),
+        data_mesh(),
+    )
     shape = (network.batch, network.size, network.size, network.channels)
     batch = {
         "image": np.random.default_rng(0).random(shape, np.float32),
-        "label": np.arange(network.batch) % 10,
+        "mask" if network.of_pixels else "label": labels(network),
         "valid": np.ones(network.batch, bool),
     }
     optimizers = {"model": optax.sgd(1e-3, momentum=0.9)}

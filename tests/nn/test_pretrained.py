@@ -287,6 +287,7 @@ def test_arrays_that_are_no_weights_are_left_and_named(tmp_path):
             "pos_embed": np.zeros((1, 0, 8), np.float32),
             "norm.weight": np.full(8, "one"),
             "norm.bias": np.ones(8),
+            "head.bias": np.array([0.0, 1e39, 0.0]),
             f"{layer}.query.weight": np.ones((8, 8)),
             f"{layer}.key.weight": np.ones(8),
             f"{layer}.value.weight": np.ones((8, 8)),
@@ -297,7 +298,10 @@ def test_arrays_that_are_no_weights_are_left_and_named(tmp_path):
     assert status["params/norm/bias"] == "loaded" and status[f"{layer}.key.weight"] == "left"
     assert status["params/norm/scale"] == "no numbers: <U3 in the file"
     assert status["params/position"] == "shape differs: [1, 0, 8] in the file"
-    assert (loaded["params"]["norm"]["scale"] == 9).all(), "it stays as it was"
+    assert status["params/head/bias"] == "out of range: too large for float32"
+    for name in ("norm/scale", "head/bias"):
+        layer, leaf = name.split("/")
+        assert (loaded["params"][layer][leaf] == 9).all(), "it stays as it was"
 
 
 def test_fit_starts_from_them(tmp_path, caplog):

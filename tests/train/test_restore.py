@@ -113,6 +113,7 @@ def test_other_shapes_are_left_and_named(workdir):
         ({"model/encoder": "model/encodr"}, "the model has no .*'model/encodr'.*model/encoder"),
         ({"model/enc": "model/encoder"}, "no parameters 'model/enc'"),
         ({"model/encoder": "model/head"}, "nothing below 'model/encoder'"),
+        ({}, "take is {}; it must be"),
     ],
 )
 def test_a_rule_that_loads_nothing_is_one_line(take, message, workdir):
