@@ -77,6 +77,9 @@ def fast_conv(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
+    if min(_output(x, kernel, strides, padding)) > 0:
+        x, padding = _padded(x, kernel, padding)
+        own = partial(own, padding=padding)
     form = _form(x, kernel, strides, padding)
     if form is None:
         return own(x, kernel)
@@ -86,6 +89,25 @@ def fast_conv(
     else:  # the patches are made again where the gradient is taken, not kept from the forward pass
         on_cpu = jax.checkpoint(on_cpu, prevent_cse=False)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=own)
+
+
+def _padded(x: jax.Array, kernel: jax.Array, padding: Padding) -> tuple[jax.Array, Padding]:
+    """Cropped, or padded by what is more than a kernel needs, and the padding that is left.
+
+    XLA of jax 0.10 reads beyond a map that is cropped at one side and padded at another; so is the
+    gradient's map where there is more padding.
+    """
+    kept = tuple(
+        (min(max(low, 0), side - 1), min(max(high, 0), side - 1))
+        for side, (low, high) in zip(kernel.shape[:2], padding, strict=True)
+    )
+    if kept == padding:
+        return x, padding
+    beyond = [
+        (low - kept_low, high - kept_high, 0)
+        for (low, high), (kept_low, kept_high) in zip(padding, kept, strict=True)
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *beyond, (0, 0, 0))), kept
 
 
 def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) -> bool:
