@@ -16,6 +16,7 @@ from cvjax.detection.dense import Detections
 from cvjax.detection.sampling import Samples
 from cvjax.errors import InputError
 from cvjax.nn.bicubic import cubic_weight
+from cvjax.nn.bilinear import resize_bilinear
 from cvjax.nn.convolution import convolution
 
 
@@ -54,8 +55,7 @@ class KeypointHead(nn.Module):
         init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
         x = Deconvolution(self.keypoints, 4, init, dtype=self.dtype, name="kps_score_lowres")(x)
         x = x.astype(jnp.float32)
-        n, height, width, channels = x.shape
-        return jax.image.resize(x, (n, 2 * height, 2 * width, channels), "bilinear")
+        return resize_bilinear(x, 2 * x.shape[1], 2 * x.shape[2])
 
     def losses(
         self, outputs: jax.Array, samples: Samples, truth: dict[str, jax.Array]

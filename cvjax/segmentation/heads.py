@@ -17,24 +17,12 @@ from jax.typing import DTypeLike
 from cvjax.checks import check_at_least, check_fractions
 from cvjax.errors import InputError
 from cvjax.nn.batch_norm import BatchNorm
+from cvjax.nn.bilinear import resize_bilinear
 from cvjax.nn.dense import Dense
 from cvjax.nn.fast_conv import fast_conv
 from cvjax.nn.space_to_depth import depth_to_space
 
 Maps = Sequence[jax.Array]
-
-
-def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear interpolation of [b, h, w, c] to [b, *size, c], float32 inside.
-
-    Pixels have half-integer centres, and beyond the border the image goes on as its edge; as in
-    torch with align_corners=False. Without antialiasing.
-    """
-    if x.shape[1:3] == tuple(size):
-        return x
-    shape = (x.shape[0], *size, x.shape[-1])
-    resized = jax.image.resize(x.astype(jnp.float32), shape, "bilinear", antialias=False)
-    return resized.astype(x.dtype)
 
 
 class ConvNormRelu(nn.Module):
@@ -97,7 +85,7 @@ class FCN(nn.Module):
         channels = self.subpixel**2 * self.num_classes
         score = Dense(channels, dtype=self.dtype, name="score0")(coarsest)
         for number, x in enumerate(finer, start=1):
-            score = resize(score, x.shape[1:3])
+            score = resize_bilinear(score, *x.shape[1:3])
             score += Dense(channels, dtype=self.dtype, name=f"score{number}")(x)
         return to_pixels(score, size, self.subpixel)
 
@@ -138,7 +126,7 @@ class UNet(nn.Module):
                 f"there must be {len(finer)}, one for each map but the coarsest"
             )
         for level, (features, skip) in enumerate(zip(self.features, finer, strict=True)):
-            x = jnp.concatenate([resize(x, skip.shape[1:3]), skip], axis=-1)
+            x = jnp.concatenate([resize_bilinear(x, *skip.shape[1:3]), skip], axis=-1)
             for number in range(2):
                 name = f"level{level}_{number}"
                 x = ConvNormRelu(features, dtype=self.dtype, name=name)(x, train, valid)
@@ -204,7 +192,7 @@ class DeepLabV3Plus(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
 
         outline = convolve(outline, self.outline_features, "outline", kernel=1)
-        x = jnp.concatenate([resize(x, outline.shape[1:3]), outline], axis=-1)
+        x = jnp.concatenate([resize_bilinear(x, *outline.shape[1:3]), outline], axis=-1)
         x = convolve(convolve(x, self.features, "decoder0"), self.features, "decoder1")
         return Classifier(self.num_classes, self.subpixel, self.dtype, name="classifier")(x, size)
 
@@ -242,7 +230,7 @@ class SegFormer(nn.Module):
         _check(self, maps)
         finest = maps[0].shape[1:3]
         equal = [
-            resize(Dense(self.features, dtype=self.dtype, name=f"linear{i}")(x), finest)
+            resize_bilinear(Dense(self.features, dtype=self.dtype, name=f"linear{i}")(x), *finest)
             for i, x in enumerate(maps)
         ]
         x = jnp.concatenate(equal, axis=-1)
@@ -288,7 +276,7 @@ def to_pixels(score: jax.Array, size: tuple[int, int], subpixel: int = 1) -> jax
             f"{score.shape[2] // subpixel} where the image is {size[0]} x {size[1]}; it can be at "
             "most the stride of the map"
         )
-    return resize(score[:, : size[0], : size[1]], size)
+    return resize_bilinear(score[:, : size[0], : size[1]], *size)
 
 
 def _check(head: nn.Module, maps: Maps) -> None:

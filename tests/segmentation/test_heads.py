@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from cvjax.errors import InputError
+from cvjax.nn.bilinear import resize_bilinear
 from cvjax.nn.resnet import ResNet
 from cvjax.segmentation import heads
 from cvjax.segmentation.model import Segmenter
+from tests.nn.test_bilinear import slow_resize
 
 CLASSES = 3
 HEADS = {
@@ -25,41 +27,6 @@ HEADS = {
 SMALL = dict(width=4, stage_sizes=(1, 1, 1))
 
 
-def slow_resize(image, height, width):
-    """Each pixel from its four neighbours; beyond the border the edge goes on."""
-    h, w = image.shape[:2]
-    result = np.zeros((height, width, image.shape[2]))
-    for y, x in np.ndindex(height, width):
-        v = min(max((y + 0.5) * h / height - 0.5, 0), h - 1)
-        u = min(max((x + 0.5) * w / width - 0.5, 0), w - 1)
-        top, left = int(v), int(u)
-        bottom, right = min(top + 1, h - 1), min(left + 1, w - 1)
-        a, b = v - top, u - left
-        result[y, x] = (1 - a) * ((1 - b) * image[top, left] + b * image[top, right]) + a * (
-            (1 - b) * image[bottom, left] + b * image[bottom, right]
-        )
-    return result
-
-
-@pytest.mark.parametrize(
-    "before, after",
-    [((3, 4), (12, 16)), ((1, 1), (5, 3)), ((5, 7), (9, 8)), ((2, 3), (2, 7)), ((7, 9), (3, 4))],
-)
-def test_resize_is_bilinear_with_half_pixel_centres(before, after):
-    image = np.random.default_rng(0).normal(size=(2, *before, 3)).astype(np.float32)
-    found = jax.jit(heads.resize, static_argnums=1)(image, after)
-    expected = np.stack([slow_resize(one.astype(np.float64), *after) for one in image])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert heads.resize(jnp.bfloat16(image), after).dtype == jnp.bfloat16
-
-
-def test_resize_gives_the_numbers_of_torch():
-    # torch.nn.functional.interpolate(x, size=(3, 5), mode="bilinear", align_corners=False)
-    image = np.array([[0.0, 1.0], [10.0, 20.0]], np.float32)[None, ..., None]
-    expected = [[0.0, 0.1, 0.5, 0.9, 1.0], [5.0, 5.55, 7.75, 9.95, 10.5], [10, 11, 15, 19, 20]]
-    np.testing.assert_allclose(heads.resize(image, (3, 5))[0, ..., 0], expected, rtol=1e-6)
-
-
 def test_each_place_scores_a_square_of_pixels():
     score = np.arange(2 * 3 * 4 * 2, dtype=np.float32).reshape(1, 2, 3, 8)
     found = np.asarray(heads.to_pixels(score, (4, 6), 2))
@@ -67,7 +34,7 @@ def test_each_place_scores_a_square_of_pixels():
         assert found[0, y, x, k] == score[0, y // 2, x // 2, (2 * (y % 2) + x % 2) * 2 + k]
     # A map of an odd image was rounded up: what is too much is at the right and the bottom.
     np.testing.assert_array_equal(heads.to_pixels(score, (3, 5), 2), found[:, :3, :5])
-    np.testing.assert_array_equal(heads.to_pixels(score, (9, 11), 2), heads.resize(found, (9, 11)))
+    np.testing.assert_array_equal(heads.to_pixels(score, (9, 11), 2), resize_bilinear(found, 9, 11))
 
 
 @pytest.mark.parametrize("strides", [(4, 8, 16), (1, 2, 4), (16, 16, 16)])

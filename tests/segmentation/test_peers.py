@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax.segmentation.heads import SegFormer, resize
+from cvjax.nn.bilinear import resize_bilinear
+from cvjax.segmentation.heads import SegFormer
 
 torch = pytest.importorskip("torch")
 
@@ -16,7 +17,7 @@ def test_resize_is_that_of_torch(after):
         torch.tensor(image.transpose(0, 3, 1, 2)), size=after, mode="bilinear", align_corners=False
     )
     expected = expected.numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(resize(image, after), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(resize_bilinear(image, *after), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_segformer_is_that_of_transformers():
