@@ -29,6 +29,8 @@ VERSIONS = ("0.10.", "0.12.")
 _FEW_FEATURES = 4  # of the output; for fewer XLA's own takes half of the time
 _UNROLLED = 32  # images of the gradient of a depthwise kernel; more of them take turns in a loop
 _MANY_SPREAD = 128  # channels of a spread map; with fewer XLA's own is as fast in a training step
+_AT_ONCE = 16  # images of the gradient of a kernel whose maps have together more numbers than
+_MANY_NUMBERS = 2**20
 _MANY_CHANNELS = 8  # of what a kernel was for; for fewer its gradient takes a third longer
 
 _NHWC = "NHWC", "HWIO", "NHWC"
@@ -126,7 +128,10 @@ def _form(
     if feature_group_count > 1 or features < _FEW_FEATURES:
         return None
     if {*lhs_dilation} == {1}:
-        return _convolve
+        of_batch, of_feature, *_ = dimension_numbers.lhs_spec
+        is_of_kernel = of_batch > of_feature and x.shape[of_batch] >= 2 * _MANY_CHANNELS
+        is_large = is_of_kernel and kernel.size > _MANY_NUMBERS
+        return _of_each_part if is_large and x.shape[of_feature] > _AT_ONCE else _convolve
     is_plain = {*window_strides, *rhs_dilation} == {1}
     return _of_each_place if is_plain and kernel.shape[of_in] >= _MANY_SPREAD else None
 
@@ -167,6 +172,42 @@ def _of_each_kernel(
     zeros = jnp.zeros([shape[axis] for axis in to_nhwc], x.dtype)
     total, _ = lax.scan(add, zeros, (x, kernel), unroll=min(len(x), _UNROLLED))
     return total.transpose(from_nhwc)
+
+
+def _of_each_part(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dimension_numbers: Any,
+    **options: Any,
+) -> jax.Array:
+    """The gradient of a kernel, as JAX lays it out, of some images after others.
+
+    The maps of all would not stay in the processor's own memory, and are wanted several times.
+    """
+    axes = dimension_numbers.lhs_spec[1], dimension_numbers.rhs_spec[1]
+    of_part = partial(_convolve, shape=shape, dimension_numbers=dimension_numbers, **options)
+    images = x.shape[axes[0]]
+    whole = images - images % _AT_ONCE
+
+    def parts(array: jax.Array, axis: int) -> jax.Array:
+        array = lax.slice_in_dim(array, 0, whole, axis=axis)
+        sides = array.shape[:axis], array.shape[axis + 1 :]
+        return jnp.moveaxis(array.reshape(*sides[0], -1, _AT_ONCE, *sides[1]), axis, 0)
+
+    def add(total: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + of_part(*given), None
+
+    given = tuple(map(parts, (x, kernel), axes))
+    total, _ = lax.scan(add, jnp.zeros(shape, x.dtype), given)
+    if whole < images:
+        rest = (
+            lax.slice_in_dim(array, whole, images, axis=axis)
+            for array, axis in zip((x, kernel), axes, strict=True)
+        )
+        total += of_part(*rest)
+    return total
 
 
 def _of_each_place(
