@@ -58,9 +58,9 @@ CASES = {
     "dilated": ((2, 9, 8, 4), (3, 3, 4, 8), dict(rhs_dilation=(2, 3), padding="SAME")),
     "smaller than the kernel": ((2, 2, 2, 8), (3, 3, 8, 8), dict(padding="SAME")),
     "padding beyond the image": ((2, 3, 3, 4), (3, 3, 4, 4), dict(padding=((5, 5), (4, 6)))),
-    "many images": ((35, 16, 16, 16), (3, 3, 16, 128), dict(padding="SAME")),
+    "many images": ((35, 32, 32, 16), (3, 3, 16, 32), dict(padding="SAME")),
     "many images, strided": (
-        (34, 33, 32, 17), (3, 2, 17, 128), dict(window_strides=(2, 2), padding=((0, 1), (1, 1))),
+        (34, 65, 64, 17), (3, 2, 17, 32), dict(window_strides=(2, 2), padding=((0, 1), (1, 1))),
     ),
     "a pixel's kernel": ((2, 5, 6, 4), (1, 1, 4, 8), dict(padding="VALID")),
     "patches": ((2, 8, 12, 3), (4, 4, 3, 8), dict(window_strides=(4, 4), padding="VALID")),
@@ -156,9 +156,8 @@ def test_output_and_gradients_are_as_exact_as_those_of_xla(name, by_onednn):
     of_ours, of_xla = jax.device_get((ours(x, kernel, dy), own(x, kernel, dy)))
     for mine, theirs, truth in zip(of_ours, of_xla, exact, strict=True):
         # Twice XLA's error, or eight roundings of the largest value where XLA happens to have less;
-        # of more than a hundred channels or thousands of pixels, which oneDNN adds one after
-        # another, twice as many.
-        roundings = 16 if "many features" in name or "many images" in name else 8
+        # of more than a hundred channels, which oneDNN adds one after another, twice as many.
+        roundings = 16 if "many features" in name else 8
         bound = max(2 * np.abs(theirs - truth).max(), roundings * 6e-8 * np.abs(truth).max())
         assert mine.dtype == np.float32
         assert np.abs(mine - truth).max() <= bound
