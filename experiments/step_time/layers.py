@@ -3,9 +3,9 @@
     pip install torch && python experiments/step_time/layers.py
 
 In the environment of `main.py`, oneDNN's as by its flag `--onednn`; float32. First 3 x 3 ones of
-stride 1, then those of few channels, then depthwise ones. The sides take turns in one process;
-milliseconds, the median of ten blocks of 50 ms or more: forward / forward and both gradients.
-Prints three tables as Markdown.
+stride 1, then those of few channels, then depthwise ones, at last bilinear enlargement. The sides
+take turns in one process; milliseconds, the median of ten blocks of 50 ms or more: forward /
+forward and all gradients. Prints four tables as Markdown.
 """
 
 import sys
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from cvjax.nn.bilinear import resize_bilinear
 from cvjax.nn.depthwise import depthwise_conv
 from cvjax.nn.fast_conv import DIMENSIONS, _form, _gathered, fast_conv
 from cvjax.nn.onednn import use_onednn
@@ -47,43 +48,72 @@ DEPTHWISE = (  # batch, side, channels, side of the kernel, stride: of ConvNeXt-
     (8, 56, 144, 5, 2), (8, 28, 240, 5, 1), (8, 14, 480, 3, 1), (8, 14, 672, 5, 2),
     (8, 7, 1152, 5, 1),
 )  # fmt: skip
+ENLARGED = (  # batch, side, channels, how many times
+    (8, 24, 32, 2), (8, 48, 44, 2), (2, 128, 64, 2), (1, 128, 21, 4), (2, 4, 21, 16),
+)  # fmt: skip
 
 
-def jax_steps(convolve: Callable, x: np.ndarray, kernel: np.ndarray) -> tuple[Callable, Callable]:
-    """The forward pass, and it with both gradients."""
+def jax_steps(layer: Callable, *given: np.ndarray) -> tuple[Callable, Callable]:
+    """The forward pass, and it with all gradients."""
 
-    def both(x: jax.Array, kernel: jax.Array) -> tuple:
-        y, pull = jax.vjp(convolve, x, kernel)
-        return y, pull(y)
+    def both(dy: jax.Array, *given: jax.Array) -> tuple:
+        y, pull = jax.vjp(layer, *given)
+        return y, pull(dy)
 
-    given = jax.device_put((x, kernel))
+    given = jax.device_put(given)
+    dy = jax.jit(layer)(*given)
 
-    def step(program: Callable) -> None:
+    def step(program: Callable, *given: jax.Array) -> None:
         jax.block_until_ready(program(*given))
 
-    programs = (jax.jit(run).lower(*given).compile() for run in (convolve, both))
-    return tuple(partial(step, program) for program in programs)
+    programs = {layer: given, both: (dy, *given)}
+    return tuple(
+        partial(step, jax.jit(run).lower(*given).compile(), *given)
+        for run, given in programs.items()
+    )
 
 
-def torch_steps(x: np.ndarray, kernel: np.ndarray, stride: int = 1) -> tuple[Callable, Callable]:
-    """The same in PyTorch, channels last."""
-    image = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
-    weight = torch.tensor(kernel.transpose(3, 2, 0, 1))
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    options = {"padding": len(kernel) // 2, "stride": stride}
-    options["groups"] = image.shape[1] // weight.shape[1]
-    given = [value.requires_grad_() for value in (image, weight)]
-    convolve = partial(torch.nn.functional.conv2d, image, weight, **options)
+def torch_steps(layer: Callable, *given: np.ndarray) -> tuple[Callable, Callable]:
+    """The same in PyTorch; what is given becomes channels last."""
+    tensors = [
+        torch.tensor(array).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for array in given
+    ]
 
     def forward() -> None:
         with torch.inference_mode():
-            convolve()
+            layer(*tensors)
 
     def both() -> None:
-        y = convolve()
-        torch.autograd.grad(y, given, y.detach())
+        y = layer(*tensors)
+        torch.autograd.grad(y, tensors, y.detach())
 
     return forward, both
+
+
+def torch_convolution(
+    x: np.ndarray, kernel: np.ndarray, stride: int = 1
+) -> tuple[Callable, Callable]:
+    """`torch_steps` of a convolution."""
+    options = {"padding": len(kernel) // 2, "stride": stride}
+    options["groups"] = x.shape[3] // kernel.shape[2]
+    layer = partial(torch.nn.functional.conv2d, **options)
+    return torch_steps(layer, x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1))
+
+
+def bilinear(shape: tuple[int, int, int, int]) -> list[str]:
+    """A row: `jax.image.resize`, ours, PyTorch's."""
+    batch, side, channels, factor = shape
+    size = factor * side
+    x = np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
+    matrices = partial(
+        jax.image.resize, shape=(batch, size, size, channels), method="bilinear", antialias=False
+    )
+    shifts = partial(resize_bilinear, height=size, width=size)
+    theirs = partial(torch.nn.functional.interpolate, size=(size, size), mode="bilinear")
+    by_torch = torch_steps(theirs, x.transpose(0, 3, 1, 2))
+    name = f"{batch}, {side} x {side}, {channels}, {factor} times"
+    return [name, *cells([jax_steps(matrices, x), jax_steps(shifts, x), by_torch])]
 
 
 def milliseconds(steps: list[Callable]) -> list[float]:
@@ -150,7 +180,9 @@ def main() -> None:
     use_onednn()  # for what is compiled from here on
     print("| batch, map, channels | XLA | gathered | oneDNN | PyTorch |\n|---|---|---|---|---|")
     for shape, given in whole.items():
-        row = cells([*without[shape], jax_steps(partial(convolve), *given), torch_steps(*given)])
+        row = cells(
+            [*without[shape], jax_steps(partial(convolve), *given), torch_convolution(*given)]
+        )
         row[chosen[shape]] = f"**{row[chosen[shape]]}**"
         batch, side, channels = shape
         print(f"| {batch}, {side} x {side}, {channels} | {' | '.join(row)} |", flush=True)
@@ -159,17 +191,20 @@ def main() -> None:
     for shape, given in narrow.items():
         batch, side, channels, features, stride = shape
         by_onednn = jax_steps(partial(convolve, stride=stride), *given)
-        row = cells([*without[shape], by_onednn, torch_steps(*given, stride)])
+        row = cells([*without[shape], by_onednn, torch_convolution(*given, stride)])
         name = f"{channels} to {features}" + (f", stride {stride}" if stride > 1 else "")
         print(f"| {batch}, {side} x {side}, {name} | {' | '.join(row)} |", flush=True)
     print("\n| batch, map, channels | kernel | shifted | oneDNN | PyTorch |\n|---|---|---|---|---|")
     for shape, given in of_each.items():
         batch, side, channels, of_kernel, stride = shape
         by_onednn = jax_steps(partial(convolve, stride=stride, by=depthwise_conv), *given)
-        row = cells([*without[shape], by_onednn, torch_steps(*given, stride)])
+        row = cells([*without[shape], by_onednn, torch_convolution(*given, stride)])
         kernel = f"{of_kernel} x {of_kernel}" + (f", stride {stride}" if stride > 1 else "")
         row = [f"{batch}, {side} x {side}, {channels}", kernel, *row]
         print(f"| {' | '.join(row)} |", flush=True)
+    print("\n| batch, map, channels | jax.image.resize | shifted | PyTorch |\n|---|---|---|---|")
+    for shape in ENLARGED:
+        print(f"| {' | '.join(bilinear(shape))} |", flush=True)
 
 
 if __name__ == "__main__":
