@@ -30,8 +30,9 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _repeat(x: jax.Array, factor: int, axis: int) -> jax.Array:
     """Each pixel becomes `factor` pixels, each between its own value and that of a neighbour."""
-    before = jnp.concatenate([_first(x, axis), _without_last(x, axis)], axis)
-    after = jnp.concatenate([_without_first(x, axis), _last(x, axis)], axis)
+    cut = partial(jax.lax.slice_in_dim, axis=axis)
+    before = jnp.concatenate([cut(x, 0, 1), cut(x, 0, -1)], axis)
+    after = jnp.concatenate([cut(x, 1, None), cut(x, -1, None)], axis)
     pixels = [
         (1 - abs(shift)) * x + abs(shift) * (before if shift < 0 else after)
         for shift in _shifts(factor)
@@ -58,27 +59,12 @@ def _gradient(dy: jax.Array, *, factor: int, axis: int) -> jax.Array:
     to_after = sum(s * dy for s, dy in zip(shifts, pixels, strict=True) if s > 0)
     own = sum((1 - abs(s)) * dy for s, dy in zip(shifts, pixels, strict=True))
     # What the first pixel has for the one before it, and the last for the one after, is its own.
-    from_after = jnp.concatenate([_without_first(to_before, axis), _last(to_after, axis)], axis)
-    from_before = jnp.concatenate([_first(to_before, axis), _without_last(to_after, axis)], axis)
+    cut = partial(jax.lax.slice_in_dim, axis=axis)
+    from_after = jnp.concatenate([cut(to_before, 1, None), cut(to_after, -1, None)], axis)
+    from_before = jnp.concatenate([cut(to_before, 0, 1), cut(to_after, 0, -1)], axis)
     return own + from_after + from_before
 
 
 def _shifts(factor: int) -> list[float]:
     """How far the centre of each new pixel is from that of the old one, in old pixels."""
     return [(number + 0.5) / factor - 0.5 for number in range(factor)]
-
-
-def _first(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-
-
-def _last(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis)
-
-
-def _without_first(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, 1, None, axis=axis)
-
-
-def _without_last(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)

@@ -22,6 +22,7 @@ _FEW_TERMS = 36  # shifted maps times channels
 _NARROW = 16  # channels and features up to which two pixels are computed at once
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
+Strides = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -83,10 +84,10 @@ def fast_conv(
     form = _form(x, kernel, strides, padding)
     if form is None:
         return own(x, kernel)
-    on_cpu = partial(form, strides=strides, padding=padding, **options)
     if form in (_shifted, _paired):
-        on_cpu = _with_fast_gradients(on_cpu, own, form, strides, padding, options)
+        on_cpu = _with_fast_gradients(form, own, strides, padding, options)
     else:  # the patches are made again where the gradient is taken, not kept from the forward pass
+        on_cpu = partial(form, strides=strides, padding=padding, **options)
         on_cpu = jax.checkpoint(on_cpu, prevent_cse=False)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=own)
 
@@ -127,7 +128,7 @@ def is_undilated_nhwc(x: jax.Array, kernel: jax.Array, options: dict[str, Any]) 
 
 
 def _form(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding
 ) -> Callable[..., jax.Array] | None:
     """Which form is the fastest; None for XLA's own."""
     rows, columns = _output(x, kernel, strides, padding)
@@ -150,11 +151,7 @@ def _form(
 
 
 def _gathered(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    **options: Any,
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding, **options: Any
 ) -> jax.Array:
     kernel, padding = _without_blind(x, kernel, strides, padding)
     # As a matrix, so that the kernel's gradient is a product of matrices, too (`cvjax.nn.dense`).
@@ -165,11 +162,7 @@ def _gathered(
 
 
 def _scattered(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    **options: Any,
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding, **options: Any
 ) -> jax.Array:
     height, width, channels, features = kernel.shape
     (top, bottom), (left, right) = padding
@@ -189,14 +182,10 @@ def _scattered(
 
 
 def _shifted(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    **options: Any,
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding, **options: Any
 ) -> jax.Array:
     dtype = options.get("preferred_element_type") or x.dtype
-    shifts = jnp.stack(_shifts(x.astype(dtype), kernel, strides, padding))
+    shifts = _shifts(x.astype(dtype), kernel, strides, padding)
     vectors = kernel.astype(dtype).reshape(len(shifts), *kernel.shape[2:])
     terms = [
         shift[..., channel, None] * vector[channel]
@@ -207,11 +196,7 @@ def _shifted(
 
 
 def _paired(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: Padding,
-    **options: Any,
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding, **options: Any
 ) -> jax.Array:
     # The kernel twice, as features, the second time moved by a pixel, at every other pixel.
     rows, columns = _output(x, kernel, strides, padding)
@@ -229,14 +214,14 @@ def _paired(
 
 
 def _with_fast_gradients(
-    on_cpu: Callable[..., jax.Array],
-    own: Callable[..., jax.Array],
     form: Callable[..., jax.Array],
-    strides: tuple[int, int],
+    own: Callable[..., jax.Array],
+    strides: Strides,
     padding: Padding,
     options: dict[str, Any],
 ) -> Callable[..., jax.Array]:
     """A form whose gradients are not what JAX would make of it, but the fastest of theirs."""
+    convolve = jax.custom_jvp(partial(form, strides=strides, padding=padding, **options))
 
     def tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         """The product rule, each term such that its transpose, in reverse, is the fast one."""
@@ -254,15 +239,15 @@ def _with_fast_gradients(
             of_x = partial(of_x, kernel=turned, strides=strides, padding=sides, **options)
             along_x = jax.linear_transpose(of_x, y)(dx)[0]
         is_thin = form is _paired and kernel.shape[-1] <= _NARROW // 2
-        return y, along_x + (on_cpu if is_thin else own)(x, dkernel)
+        along_kernel = convolve.fun if is_thin else own
+        return y, along_x + along_kernel(x, dkernel)
 
-    convolve = jax.custom_jvp(on_cpu)
     convolve.defjvp(tangent)
     return convolve
 
 
 def _without_blind(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding
 ) -> tuple[jax.Array, Padding]:
     """Without the edges of the kernel that see only padding: of 3 x 3 on a map of one pixel, 1."""
     counts = _output(x, kernel, strides, padding)
@@ -277,9 +262,7 @@ def _without_blind(
     return kernel[tuple(taken)], tuple(left)
 
 
-def _shifts(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
-) -> list[jax.Array]:
+def _shifts(x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding) -> list[jax.Array]:
     """What each pixel of the kernel sees, [b, rows, columns, c] each."""
     rows, columns = _output(x, kernel, strides, padding)
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
@@ -296,9 +279,7 @@ def _product(x: jax.Array, matrix: jax.Array, options: dict[str, Any]) -> jax.Ar
     return jnp.matmul(x, matrix, **wanted)
 
 
-def _output(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
-) -> tuple[int, int]:
+def _output(x: jax.Array, kernel: jax.Array, strides: Strides, padding: Padding) -> tuple[int, int]:
     """Rows and columns of the output; 0 or less where the kernel does not fit."""
     return tuple(
         (length + low + high - side) // stride + 1

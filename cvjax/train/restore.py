@@ -85,9 +85,10 @@ def load_params(
       InputError: there is no checkpoint, or it is damaged; a rule names nothing in the checkpoint
         or nothing in the model, or nothing of it fits.
     """
-    pairs = take.items() if isinstance(take, Mapping) else [] if take is None else [(take, None)]
-    is_rule = all(isinstance(name, str) for pair in pairs for name in pair)
-    if not is_rule or not (pairs or take is None):
+    rules = {"": ""} if take is None else take
+    if not isinstance(rules, Mapping) or not (
+        rules and all(isinstance(name, str) for pair in rules.items() for name in pair)
+    ):
         raise InputError(
             f"take is {take!r}; it must be {{path in the checkpoint: path in the model}}"
         )
@@ -105,7 +106,7 @@ def load_params(
     shapes = {name: describe(leaf) for name, leaf in target.items()}
     rows = {name: Row(name, shape, "left") for name, shape in shapes.items()}
     chosen: dict[str, str] = {}  # path in the model: path in the checkpoint
-    for there, here in ({"": ""} if take is None else take).items():
+    for there, here in rules.items():
         old = _below(there, sources, f"checkpoint {saved.path}")
         new = _below(here, target, "the model")
         fitting = {

@@ -180,9 +180,8 @@ def main() -> None:
     use_onednn()  # for what is compiled from here on
     print("| batch, map, channels | XLA | gathered | oneDNN | PyTorch |\n|---|---|---|---|---|")
     for shape, given in whole.items():
-        row = cells(
-            [*without[shape], jax_steps(partial(convolve), *given), torch_convolution(*given)]
-        )
+        by_onednn = jax_steps(partial(convolve), *given)
+        row = cells([*without[shape], by_onednn, torch_convolution(*given)])
         row[chosen[shape]] = f"**{row[chosen[shape]]}**"
         batch, side, channels = shape
         print(f"| {batch}, {side} x {side}, {channels} | {' | '.join(row)} |", flush=True)

@@ -54,10 +54,8 @@ def jax_step(network, train: bool):
     from cvjax.train.sharding import data_mesh, jit_step, put_batch, replicated
     from cvjax.train.step import initial_state, make_train_step
 
-    task, mesh = (
-        (Segmentation if network.of_pixels else Classification)(network.ours()),
-        data_mesh(),
-    )
+    make_task = Segmentation if network.of_pixels else Classification
+    task, mesh = make_task(network.ours()), data_mesh()
     shape = (network.batch, network.size, network.size, network.channels)
     batch = {
         "image": np.random.default_rng(0).random(shape, np.float32),
